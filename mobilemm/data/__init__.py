@@ -1,0 +1,1 @@
+"""Pictures, captions and conversations on their way to tensors."""

@@ -1,0 +1,1 @@
+"""The multimodal LLM and its parts."""

@@ -1,0 +1,1 @@
+"""Other projects weights, read and written."""
