@@ -1,0 +1,208 @@
+"""The bundle's manifest, version 1: everything an app must know of a bundle, typed.
+
+Written by `mobilemm.export`, read by `mobilemm.runtime` and, through the JSON Schema made of these classes, by
+the Android and iOS demos. Plain data: no torch, no runtime.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+RelativePath = Annotated[str, Field(min_length=1, max_length=200)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(max_length=2**16)]
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors: a manifest is read from strangers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Tensor(Strict):
+    """One input or output of a part. A dimension is a number, or the name of a dynamic dimension."""
+
+    name: Name
+    dtype: Literal["float32", "float16", "uint8", "int32", "int64"]
+    shape: list[Annotated[int, Field(ge=0, le=2**31)] | Name]
+
+
+class Quantization(Strict):
+    """How a part's weights are stored. `bits` counts the main scheme's; `exceptions` maps layer to bits."""
+
+    bits: Literal[4, 6, 8, 16, 32]
+    block_size: int | None = None
+    symmetric: bool = True
+    method: Name = "none"
+    activations: Literal["float32", "float16", "int8"] = "float32"
+    exceptions: dict[str, int] = {}
+
+
+class Parity(Strict):
+    """The shipped part against fp32 PyTorch, as measured on the target's runtime after quantization.
+
+    `cosine`, `snr_db` (decibels) and `max_abs_error` are over all outputs; of the decoder `top1` is the share of
+    positions with the same best token, near-ties apart, and `kl` the mean KL divergence per position in nats.
+    """
+
+    cosine: float
+    snr_db: float
+    max_abs_error: float
+    top1: float | None = None
+    near_ties: float | None = None
+    kl: float | None = None
+
+
+class Part(Strict):
+    """One exported part. `file` is what a runtime opens; `files` all that it consists of."""
+
+    file: RelativePath
+    files: Annotated[list[RelativePath], Field(min_length=1)]
+    inputs: Annotated[list[Tensor], Field(min_length=1)]
+    outputs: Annotated[list[Tensor], Field(min_length=1)]
+    quantization: Quantization
+    bytes: Annotated[int, Field(ge=1)]
+    parameters: Annotated[int, Field(ge=0)]
+    peak_memory: Annotated[int, Field(ge=0)]
+    parity: Parity | None = None
+
+
+class ModelCard(Strict):
+    """The model's dimensions and special tokens."""
+
+    name: Name
+    family: Name
+    license: Text = ""
+    context_length: Size
+    hidden_size: Size
+    vocab_size: Size
+    num_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    num_image_tokens: Annotated[int, Field(ge=0, le=2**20)]
+    image_token_id: TokenId
+    bos_token_id: TokenId | None
+    eos_token_ids: list[TokenId]
+    pad_token_id: TokenId
+
+
+class Image(Strict):
+    """How a picture becomes `pixels`, uint8 (1, 3, height, width). Normalization is inside the graph.
+
+    The picture is turned upright, its transparency laid over white, converted to RGB; then, by `strategy`:
+    "stretch" resizes to height × width; "pad" pads to a centred square with `pad_color` first and resizes then;
+    "crop" resizes so that the shorter side is `shortest_edge` (the other: int(long · shortest_edge / short))
+    and cuts the centre out. `filter` is Pillow's of that name, antialiased.
+    """
+
+    height: Size
+    width: Size
+    strategy: Literal["stretch", "pad", "crop"]
+    filter: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    pad_color: tuple[int, int, int] = (0, 0, 0)
+    shortest_edge: Size | None = None
+    # Rows and columns of the picture's tokens, where positions are counted in three dimensions (M-RoPE).
+    position_grid: tuple[int, int] | None = None
+
+
+class Turn(Strict):
+    """What stands before and behind a message's content."""
+
+    prefix: Text
+    suffix: Text
+    # Instead of `prefix` where the content begins with a picture; None when it is the same.
+    prefix_before_image: Text | None = None
+
+
+class RenderedExample(Strict):
+    """A conversation and what its rendering must be; `<image>` stands for a picture's placeholders."""
+
+    messages: list[dict[str, Any]]
+    rendered: Text
+    input_ids: list[TokenId]
+
+
+class Prompt(Strict):
+    """A conversation as text, without a template language.
+
+    `begin`, or with a system message `system`; then each turn; then `generation`, which asks for the answer.
+    A user's pictures stand in front of the text, each written `image_prefix`, placeholders, `image_suffix`
+    (`images_separate` between pictures and text is part of the suffix). Text between two pictures is tokenized
+    by itself, and special tokens are added (`add_bos`) in front of the first piece only.
+    """
+
+    tokenizer: RelativePath = "tokenizer.json"
+    begin: Text
+    system: Turn | None
+    user: Turn
+    assistant: Turn
+    generation: Text
+    # A user's turn behind an assistant's, where it is written otherwise than the first; None when it is not.
+    later_user: Turn | None = None
+    image_prefix: Text = ""
+    image_suffix: Text = ""
+    strip: bool = False
+    add_bos: bool = False
+    stop: list[Text] = []
+    examples: list[RenderedExample] = []
+
+
+class Golden(Strict):
+    """Vectors to check a part by on any machine: safetensors with `inputs.NAME` and `outputs.NAME` in fp32.
+
+    `floor_db` is the least signal-to-noise ratio of the outputs against those in the file, in decibels.
+    """
+
+    file: RelativePath
+    part: Name
+    floor_db: float
+
+
+class GoldenConversation(Strict):
+    """One whole conversation: a picture, a question, and the greedy answer that the bundle gave when made."""
+
+    image: RelativePath | None
+    prompt: Text
+    input_ids: list[TokenId]
+    answer_ids: list[TokenId]
+    answer: Text
+
+
+class File(Strict):
+    """A file of the bundle."""
+
+    path: RelativePath
+    bytes: Annotated[int, Field(ge=0, lt=2**40)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Runtime(Strict):
+    """What runs the bundle: its name, and the least version that does."""
+
+    name: Name
+    min_version: Name
+
+
+class Manifest(Strict):
+    """`manifest.json`."""
+
+    schema_version: Literal[1]
+    created_by: dict[str, str]
+    target: Literal["onnx", "coreml", "executorch"]
+    runtime: Runtime
+    model: ModelCard
+    parts: dict[Name, Part]
+    image: Image | None
+    prompt: Prompt
+    generation: dict[str, Any] | None = None
+    golden: list[Golden]
+    conversations: list[GoldenConversation]
+    benchmarks: list[dict[str, Any]] = []
+    files: Annotated[list[File], Field(min_length=1, max_length=10_000)]
