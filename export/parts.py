@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError
+from mobilemm.export.decoder import Decoder, DecoderWeights
+from mobilemm.export.decoder_spec import decoder_spec
+from mobilemm.export.split import SplitModel
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Keys and values that a part keeps from call to call: per layer (batch, kv heads, positions, head_dim)."""
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -15,10 +30,13 @@ class Part:
     Attributes:
         name: "vision", "embed", "decoder", "output_projector" or "generator".
         module: PyTorch, eager. Its parameters may lie on the meta device while `weights` holds them.
-        inputs: example inputs by name, in the order of `module.forward`'s arguments.
+        inputs: example inputs by name, in the order of `module.forward`'s arguments, the cache apart.
         outputs: names of what it returns.
         dynamic: input or output name → {dimension: name of the dynamic dimension}.
         weights: parameter name → tensor in the checkpoint's own dtype, mapped from disk where it can be.
+        cache: what the part keeps between calls. Its module is then called with a target's `Cache` as second
+            argument.
+        shared: parameter name → (part, parameter name) that holds the same table.
     """
 
     name: str
@@ -27,3 +45,102 @@ class Part:
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    cache: CacheShape | None = None
+    shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+class Vision(nn.Module):
+    """Pixels as an app has them → features as the decoder takes them.
+
+    Shapes: uint8 (images, 3, height, width) → (images · tokens, text width).
+    """
+
+    def __init__(self, split: SplitModel) -> None:
+        super().__init__()
+        self.encoder = split.vision
+        mean = torch.tensor(split.mean, dtype=torch.float32) * 255
+        std = torch.tensor(split.std, dtype=torch.float32) * 255
+        self.register_buffer("scale", (1 / std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        normalized = pixels.to(torch.float32) * self.scale + self.shift
+        return self.encoder(normalized).flatten(0, 1)
+
+
+class Embed(nn.Module):
+    """Ids → embeddings, with pictures' features in the places of their placeholders, in reading order.
+
+    Shapes: `input_ids` (batch, length), `image_features` (n, width), n = number of placeholders, 0 allowed →
+    (batch, length, width). The placeholder may lie outside the table.
+    """
+
+    def __init__(self, vocab_size: int, width: int, image_token_id: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, width)
+        self.image_token_id, self.scale = image_token_id, scale
+
+    def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        is_image = input_ids == self.image_token_id
+        embeds = self.table(input_ids.masked_fill(is_image, 0))
+        if self.scale != 1.0:
+            embeds = embeds * self.scale
+        # A row behind the last, for the ids that are text: so that no image at all needs no other graph.
+        padded = torch.cat([image_features, image_features.new_zeros(1, image_features.shape[1])])
+        order = is_image.flatten().to(torch.int64).cumsum(0).view_as(input_ids) - 1
+        rows = torch.where(is_image, order, image_features.shape[0])
+        return torch.where(is_image[..., None], padded[rows], embeds)
+
+
+def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, Part]:
+    """The parts of a model: vision, embed, decoder.
+
+    Raises MobileMMError for a language model with a piece that export does not know.
+    """
+    spec = decoder_spec(split.text_config, context_length)
+    table = split.text_weights.get("model.embed_tokens.weight")
+    if table is None:
+        raise MobileMMError(f"family {split.family!r}: tensor 'model.embed_tokens.weight' is missing")
+    with torch.device("meta"):
+        embed = Embed(spec.vocab_size, spec.hidden_size, split.image_token_id, spec.embedding_scale)
+        decoder = Decoder(spec)
+    image = split.image
+    features = torch.zeros(split.num_image_tokens, spec.hidden_size)
+    decoder_inputs: dict[str, Tensor] = {"inputs_embeds": torch.zeros(1, 3, spec.hidden_size)}
+    decoder_dynamic = {"inputs_embeds": {0: "batch", 1: "length"}, "logits": {0: "batch", 1: "positions"}}
+    if spec.mrope_section is not None:
+        decoder_inputs["position_ids"] = torch.arange(3).expand(3, 1, 3).clone()
+        decoder_dynamic["position_ids"] = {1: "batch", 2: "length"}
+    decoder_inputs["logits_positions"] = torch.tensor([0, -1])
+    decoder_dynamic["logits_positions"] = {0: "positions"}
+    return {
+        "vision": Part(
+            "vision",
+            Vision(split),
+            {"pixels": torch.zeros(2, 3, image.height, image.width, dtype=torch.uint8)},
+            ("image_features",),
+            {"pixels": {0: "images"}, "image_features": {0: "image_tokens"}},
+        ),
+        "embed": Part(
+            "embed",
+            embed,
+            {"input_ids": torch.zeros(1, 5, dtype=torch.int64), "image_features": features},
+            ("inputs_embeds",),
+            {
+                "input_ids": {0: "batch", 1: "length"},
+                "image_features": {0: "image_tokens"},
+                "inputs_embeds": {0: "batch", 1: "length"},
+            },
+            {"table.weight": table},
+            shared={"table": ("decoder", "lm_head")} if spec.tied else {},
+        ),
+        "decoder": Part(
+            "decoder",
+            decoder,
+            decoder_inputs,
+            ("logits",),
+            decoder_dynamic,
+            DecoderWeights(spec, split.text_weights),
+            CacheShape(spec.num_layers, spec.num_key_value_heads, spec.head_dim),
+        ),
+    }

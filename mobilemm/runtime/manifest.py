@@ -71,6 +71,9 @@ class Part(Strict):
     parameters: Annotated[int, Field(ge=0)]
     peak_memory: Annotated[int, Field(ge=0)]
     parity: Parity | None = None
+    # Of an ONNX decoder: "shared" writes keys and values into the buffers that they are read from, which may be
+    # longer than what they hold; "concatenated" gives new and longer ones at each step.
+    cache: Literal["shared", "concatenated"] | None = None
 
 
 class ModelCard(Strict):
@@ -119,6 +122,8 @@ class Turn(Strict):
     suffix: Text
     # Instead of `prefix` where the content begins with a picture; None when it is the same.
     prefix_before_image: Text | None = None
+    # False where the words are left out, as in templates for captions.
+    text: bool = True
 
 
 class RenderedExample(Strict):
@@ -133,9 +138,11 @@ class Prompt(Strict):
     """A conversation as text, without a template language.
 
     `begin`, or with a system message `system`; then each turn; then `generation`, which asks for the answer.
-    A user's pictures stand in front of the text, each written `image_prefix`, placeholders, `image_suffix`
-    (`images_separate` between pictures and text is part of the suffix). Text between two pictures is tokenized
-    by itself, and special tokens are added (`add_bos`) in front of the first piece only.
+    A user's pictures stand in front of the text, each written `image_prefix`, placeholders, `image_suffix`.
+    Text between two pictures is tokenized by itself; the tokenizer's special tokens are added, if `add_bos`,
+    to the first piece only. `strip` takes the white space off both ends of each message's text, or off its
+    whole content, which is the text with the pictures in front of it. Without `system` there can be no system
+    message. An answer ends at one of `stop`, which is not part of it.
     """
 
     tokenizer: RelativePath = "tokenizer.json"
@@ -146,9 +153,11 @@ class Prompt(Strict):
     generation: Text
     # A user's turn behind an assistant's, where it is written otherwise than the first; None when it is not.
     later_user: Turn | None = None
+    # A user's turn directly behind the system message, likewise.
+    user_after_system: Turn | None = None
     image_prefix: Text = ""
     image_suffix: Text = ""
-    strip: bool = False
+    strip: Literal["none", "text", "content"] = "none"
     add_bos: bool = False
     stop: list[Text] = []
     examples: list[RenderedExample] = []

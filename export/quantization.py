@@ -1,0 +1,283 @@
+"""What is quantized, how far and how: one plan for all targets, and weights as they are stored.
+
+The layout is that of onnxruntime's MatMulNBits: each row (an output channel) is cut into blocks of columns,
+each block has a scale and a zero point, and `weight = (code - zero_point) * scale`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError
+
+Bits = Literal[4, 6, 8, 16, 32]
+Method = Literal["rtn", "hqq", "gptq", "awq"]
+Activations = Literal["float32", "float16", "int8"]
+
+PARTS = ("vision", "embed", "decoder", "output_projector", "generator")
+"""The parts of a model that a plan speaks of."""
+
+WORDS: Mapping[str, Bits] = {"int4": 4, "int6": 6, "int8": 8, "fp16": 16, "fp32": 32}
+"""The command line's words for a precision."""
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How one weight matrix is stored, and how it is brought there.
+
+    Attributes:
+        bits: of a code; 16 and 32 are float16 and float32, where nothing else applies.
+        block_size: columns that share a scale; None is the whole row.
+        symmetric: the zero point is 2^(bits-1) everywhere, and not stored.
+        method: "rtn" (round to nearest), "hqq", "gptq" or "awq" (see `mobilemm.export.quantizers`).
+    """
+
+    bits: Bits = 4
+    block_size: int | None = 128
+    symmetric: bool = True
+    method: Method = "rtn"
+
+    def __post_init__(self) -> None:
+        if self.bits not in get_args(Bits):
+            raise MobileMMError(f"weights of {self.bits} bits are not known; choose from {_listed(WORDS)}")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise MobileMMError(
+                f"a block of {self.block_size} weights is not known; choose from {_listed(BLOCK_SIZES)}"
+            )
+        if self.method not in get_args(Method):
+            raise MobileMMError(
+                f"the method {self.method!r} is not known; choose from {_listed(get_args(Method))}"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether there are codes at all."""
+        return self.bits <= 8
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes that a matrix of this size takes."""
+        if not self.quantized:
+            return rows * columns * self.bits // 8
+        block = block_length(self.block_size, columns)
+        blocks = math.ceil(columns / block)
+        zero_points = 0 if self.symmetric else rows * math.ceil(blocks * _stored_bits(self.bits) / 8)
+        return rows * blocks * (block * _stored_bits(self.bits) // 8 + 4) + zero_points
+
+
+FLOAT32 = WeightScheme(bits=32, block_size=None)
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """How one part's weights are stored.
+
+    Attributes:
+        default: the scheme of every layer that no exception names.
+        exceptions: (pattern of layer names, scheme), the first that fits decides: `layers.0.*`, `*.down`.
+        activations: what the part computes with; "int8" is quantized anew at each run.
+    """
+
+    default: WeightScheme = FLOAT32
+    exceptions: tuple[tuple[str, WeightScheme], ...] = ()
+    activations: Activations = "float32"
+
+    def scheme(self, layer: str) -> WeightScheme:
+        """The scheme of the layer of this name."""
+        return next(
+            (scheme for pattern, scheme in self.exceptions if fnmatchcase(layer, pattern)), self.default
+        )
+
+    def unused_patterns(self, layers: Iterable[str]) -> list[str]:
+        """Patterns that fit none of these layers: most likely typing errors."""
+        names = list(layers)
+        return [
+            pattern for pattern, _ in self.exceptions if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """How each part's weights are stored. A part that is not named stays float32."""
+
+    parts: Mapping[str, PartPlan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.parts) - set(PARTS)):
+            raise MobileMMError(f"a plan has no part {unknown[0]!r}; choose from {_listed(PARTS)}")
+
+    def part(self, name: str) -> PartPlan:
+        """The plan of one part."""
+        return self.parts.get(name, PartPlan())
+
+    def with_exceptions(self, part: str, exceptions: Sequence[tuple[str, WeightScheme]]) -> QuantizationPlan:
+        """The same plan with further exceptions, which come before those it has."""
+        old = self.part(part)
+        return replace(
+            self, parts={**self.parts, part: replace(old, exceptions=(*exceptions, *old.exceptions))}
+        )
+
+
+# --- weights as they are stored --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix (rows, columns) in codes. Columns are padded with zero points to whole blocks.
+
+    Attributes:
+        packed: uint8 (rows, blocks, bytes of a block); 4 bit: two codes a byte, the lower half first;
+            6 and 8 bit: a code a byte.
+        scales: float32 (rows, blocks).
+        zero_points: uint8 (rows, blocks), one a byte, or None: 2^(bits-1) everywhere.
+        bits: 4, 6 or 8.
+        block_size: columns in a block.
+        shape: (rows, columns), without padding.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    bits: int
+    block_size: int
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, columns: int
+    ) -> QuantizedWeight:
+        """From codes, uint8 (rows, blocks, block size), of which the first `columns` a row count."""
+        rows, blocks, block = codes.shape
+        if blocks * block != columns:  # what stands behind the last column must multiply to zero
+            codes = codes.clone()
+            tail = columns - (blocks - 1) * block
+            codes[:, -1, tail:] = 2 ** (bits - 1) if zero_points is None else zero_points[:, -1:]
+        if _stored_bits(bits) == 4:
+            packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        else:
+            packed = codes
+        return cls(packed.contiguous(), scales, zero_points, bits, block, (rows, columns))
+
+    def codes(self) -> Tensor:
+        """uint8 (rows, blocks, block size)."""
+        if _stored_bits(self.bits) == 8:
+            return self.packed
+        return torch.stack((self.packed & 15, self.packed >> 4), dim=-1).flatten(-2)
+
+    def dequantize(self) -> Tensor:
+        """float32 (rows, columns)."""
+        weight = self.codes().to(torch.float32)
+        if self.zero_points is None:
+            weight -= 2 ** (self.bits - 1)
+        else:
+            weight -= self.zero_points[..., None]
+        weight *= self.scales[..., None]
+        return weight.flatten(1)[:, : self.shape[1]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, float32 scales, and zero points packed as the codes are."""
+        rows, blocks = self.scales.shape
+        zero_points = (
+            0 if self.zero_points is None else rows * math.ceil(blocks * _stored_bits(self.bits) / 8)
+        )
+        return self.packed.numel() + 4 * rows * blocks + zero_points
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` over a quantized weight; computes in floating point. Targets put their kernel in its place.
+
+    Shapes: (…, columns) → (…, rows).
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        _register(self, weight)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias)
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight, sharing memory with the buffers."""
+        return _registered(self, (self.out_features, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the dequantized weight."""
+        return nn.functional.linear(x, self.quantized.dequantize().to(x.dtype), self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """`nn.Embedding` over a table quantized along the hidden dimension.
+
+    Shapes: ids (…) → float32 (…, columns).
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        _register(self, weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The table, sharing memory with the buffers."""
+        return _registered(self, (self.num_embeddings, self.embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of these ids."""
+        rows = ids.flatten()
+        zero_points = None if self.zero_points is None else self.zero_points[rows]
+        chosen = replace(
+            self.quantized,
+            packed=self.packed[rows],
+            scales=self.scales[rows],
+            zero_points=zero_points,
+            shape=(len(rows), self.embedding_dim),
+        )
+        return chosen.dequantize().reshape(*ids.shape, self.embedding_dim)
+
+
+def _register(module: nn.Module, weight: QuantizedWeight) -> None:
+    module.register_buffer("packed", weight.packed)
+    module.register_buffer("scales", weight.scales)
+    module.register_buffer("zero_points", weight.zero_points)
+    module.bits, module.block_size = weight.bits, weight.block_size  # type: ignore[assignment]
+
+
+def _registered(module: QuantizedLinear | QuantizedEmbedding, shape: tuple[int, int]) -> QuantizedWeight:
+    return QuantizedWeight(
+        module.packed,
+        module.scales,
+        module.zero_points,
+        module.bits,  # type: ignore[arg-type]
+        module.block_size,  # type: ignore[arg-type]
+        shape,
+    )
+
+
+def block_length(block_size: int | None, columns: int) -> int:
+    """Columns in a block: the scheme's, or for whole rows their length, made even for packing."""
+    return block_size or columns + columns % 2
+
+
+def _stored_bits(bits: int) -> int:
+    return 4 if bits == 4 else 8
+
+
+def _listed(words: Iterable[object]) -> str:
+    return ", ".join(str(word) for word in words)

@@ -1,0 +1,1 @@
+"""Targets: each turns one part into one file, and knows no model."""
