@@ -88,7 +88,9 @@ def find_parameters(
     # In units of the largest weight no square overflows or vanishes.
     peaks = blocks.abs().amax(-1)
     blocks = blocks / torch.where(peaks > 0, peaks, 1.0)[..., None]
-    candidates = _symmetric(blocks, scheme, search) if scheme.symmetric else _asymmetric(blocks, scheme, search)
+    candidates = (
+        _symmetric(blocks, scheme, search) if scheme.symmetric else _asymmetric(blocks, scheme, search)
+    )
     scale, zero_point = next(candidates)
     if not search:
         return scale * peaks, zero_point
@@ -183,5 +185,33 @@ def _fit(
 
 
 def _half_quadratic(blocks: Tensor, scheme: WeightScheme) -> Parameters:
-    scales, zero_points = find_parameters(blocks, scheme)
-    return scales, zero_points
+    peaks = blocks.abs().amax(-1)
+    blocks = blocks / torch.where(peaks > 0, peaks, 1.0)[..., None]
+    candidates = _symmetric(blocks, scheme, False) if scheme.symmetric else _asymmetric(blocks, scheme, False)
+    scale, zero_point = next(candidates)
+    least = torch.full_like(scale, float("inf"))
+    best, penalty = (scale, zero_point), HQQ_PENALTY
+    for _ in range(HQQ_ITERATIONS):
+        codes = encode(blocks, scale, zero_point, scheme.bits)
+        steps = codes - zero_point[..., None]
+        error = blocks - steps * scale[..., None]
+        norm = error.abs().pow_(HQQ_NORM).sum(-1)
+        better = norm < least
+        if not better.any():
+            break
+        least = torch.where(better, norm, least)
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
+        # The part of the error that is left to outliers: the proximal step of the l_p norm.
+        size = error.abs()
+        outliers = error.sign() * (size - size.clamp(min=1e-8) ** (HQQ_NORM - 1) / penalty).clamp_(min=0)
+        if scheme.symmetric:
+            square = (steps * steps).sum(-1)
+            product = ((blocks - outliers) * steps).sum(-1)
+            scale = torch.where(square > 0, product / torch.where(square > 0, square, 1.0), scale)
+        else:
+            divisor = torch.where(scale == 0, 1.0, scale)[..., None]
+            zero_point = (codes - (blocks - outliers) / divisor).mean(-1)
+        penalty *= HQQ_GROWTH
+    scale, zero_point = best[0], best[1].round().clamp(0, 2**scheme.bits - 1)
+    fitted, _ = _fit(blocks, scale, zero_point, scheme.bits, None)
+    return fitted * peaks, zero_point

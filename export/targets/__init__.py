@@ -1,1 +1,63 @@
 """Targets: each turns one part into one file, and knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from numpy.typing import NDArray
+
+from mobilemm.errors import MobileMMError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mobilemm.export.parts import Part
+    from mobilemm.runtime.manifest import Manifest, Runtime, Tensor
+
+TARGETS = ("onnx",)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One part as files of a target. Paths are relative to the folder that it was written to, `file` first."""
+
+    files: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    cache: Literal["shared", "concatenated"] | None = None
+
+
+class Target(Protocol):
+    """One runtime's way of storing parts, and the runtime itself."""
+
+    name: Literal["onnx", "coreml", "executorch"]
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime, and the least version that runs what is written."""
+
+    @property
+    def fingerprint(self) -> str:
+        """All options and versions that what is written depends on."""
+
+    def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
+        """Writes one part into `folder`, where the parts that it shares tables with lie already."""
+
+    def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
+        """The first output of a written part on the target's runtime, a cache being empty; of a decoder the
+        logits of all positions."""
+
+    def companions(self, manifest: Manifest) -> dict[str, str]:
+        """Further text files that the runtime's own tools expect, derived from the manifest: path → content."""
+
+
+def find_target(name: str, **options: Any) -> Target:
+    """The target of that name. Raises MobileMMError when there is none, or its packages are missing."""
+    if name == "onnx":
+        from mobilemm.export.targets.onnx import OnnxOptions, OnnxTarget
+
+        return OnnxTarget(OnnxOptions(**options))
+    raise MobileMMError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")

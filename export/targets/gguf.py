@@ -278,7 +278,8 @@ CHAT_TEMPLATES = {
     ),
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        " + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
 
@@ -377,7 +378,8 @@ def mmproj_file(model: MobileMMForConditionalGeneration, processor: Any, dtype: 
         raise MobileMMError("GGUF: llama.cpp drops the class token, which this model's projector takes")
     matrices = Storage.F32 if dtype == "f32" else Storage.F16
     kind, entries = _projector(model, matrices)
-    layers = len(model.vision_encoder.model.encoder.layers)
+    encoder: Any = model.vision_encoder.model
+    layers = len(encoder.encoder.layers)
     writer = gguf.GGUFWriter(None, "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_file_type(FILE_TYPES["f32" if dtype == "f32" else "f16"])
@@ -399,7 +401,7 @@ def mmproj_file(model: MobileMMForConditionalGeneration, processor: Any, dtype: 
     writer.add_vision_use_gelu(vision.hidden_act == "gelu")
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
-    for ours, tensor in model.vision_encoder.model.state_dict().items():
+    for ours, tensor in encoder.state_dict().items():
         if ours.startswith("post_layernorm."):  # it feeds the pooled output alone, here as in CLIP
             continue
         name = names.get_name(f"vision_tower.vision_model.{ours}", try_suffixes=(".weight", ".bias"))

@@ -7,24 +7,35 @@ the ONNX standard alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Attention, ResidualNorm, RMSNorm, Rotary, rotate, scaled_dot_product
 from mobilemm.export.parts import Part
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
+from mobilemm.export.targets import Exported
+from mobilemm.export.verify import share_tensors
+from mobilemm.runtime import manifest
+from mobilemm.runtime.manifest import Manifest, Runtime
 
 # Symbolic operators give zeros outside an export: a lowered module is only good for exporting.
 OPS = torch.onnx.ops
 CONTRIB = "com.microsoft::"
 # The part's default where a caller does not say which positions' logits it wants: the last.
 OPTIONAL_INPUTS = {"logits_positions": [-1]}
+# The oldest release with every kernel that a graph here needs (8-bit GatherBlockQuantized among them).
+MIN_ONNXRUNTIME = "1.23.0"
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,86 @@ class OnnxOptions:
     accuracy_level: int = 4
 
 
-def export_part(part: Part, module: nn.Module, path: Path, options: OnnxOptions) -> None:
-    """Writes one part as `path`, with `path`.data beside it.
+class OnnxTarget:
+    """ONNX for onnxruntime: `NAME.onnx`, and its weights in `NAME.onnx.data`.
 
-    Args:
-        module: the part's module with its weights in it: floating-point, `QuantizedLinear`, `QuantizedEmbedding`.
-            It is changed, and of no use afterwards.
+    Raises MobileMMError when the packages of the extra `onnx` are missing.
     """
+
+    name: Literal["onnx"] = "onnx"
+
+    def __init__(self, options: OnnxOptions | None = None) -> None:
+        self.options = options or OnnxOptions()
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise MobileMMError(f"--target onnx needs {', '.join(missing)}: pip install 'mobilemm[onnx]'")
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(name="onnxruntime", min_version=MIN_ONNXRUNTIME)
+
+    @property
+    def fingerprint(self) -> str:
+        versions = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
+        return f"onnx {self.options} {versions}"
+
+    def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
+        """Args:
+        module: the part's module with its weights in it: floating-point, `QuantizedLinear`,
+            `QuantizedEmbedding`. It is changed, and of no use afterwards.
+        """
+        import onnx_ir
+
+        path = folder / f"{part.name}.onnx"
+        model = _graph(part, module, self.options)
+        data = _share_tables(part, module, model, folder)
+        if data:
+            onnx_ir.save(model, path)
+        else:
+            data = [f"{path.name}.data"]
+            # Aligned to pages, so that a runtime can map tensors from the file.
+            onnx_ir.save(
+                model,
+                path,
+                external_data=data[0],
+                size_threshold_bytes=1024,
+                alignment=4096,
+                align_threshold=4096,
+            )
+        del model
+        inputs, outputs = signature(path)
+        files = (path.name, *(name for name in data if (folder / name).exists()))
+        if part.cache is None:
+            return Exported(files, inputs, outputs)
+        return Exported(files, inputs, outputs, "concatenated" if self.options.standard_ops else "shared")
+
+    def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        file = str(folder / exported.files[0])
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        feeds = {name: np.asarray(value) for name, value in inputs.items()}
+        if part.cache is not None:
+            length = feeds["inputs_embeds"].shape[1]
+            feeds["attention_mask"] = np.ones((1, length), np.int64)
+            feeds["logits_positions"] = np.arange(length)
+            shape = (1, part.cache.num_key_value_heads, 0, part.cache.head_dim)
+            feeds |= {name: np.zeros(shape, np.float32) for name in cache_names(part.cache.num_layers)}
+        return session.run([part.outputs[0]], feeds)[0]
+
+    def companions(self, manifest: Manifest) -> dict[str, str]:
+        from mobilemm.export.targets.genai import genai_config
+
+        return {} if self.options.standard_ops else {"genai_config.json": genai_config(manifest)}
+
+
+def _graph(part: Part, module: nn.Module, options: OnnxOptions) -> Any:
+    """The part as an onnx_ir model."""
     import onnx_ir
 
-    lowered = lower(module, options)
+    lowered = lower(share_tensors(module), options)
     inputs = dict(part.inputs)
     if part.cache is not None:
         inputs, lowered = _with_cache(part, lowered, options)
@@ -61,7 +142,8 @@ def export_part(part: Part, module: nn.Module, path: Path, options: OnnxOptions)
     outputs = list(part.outputs)
     if part.cache is not None:
         outputs += [name.replace("past_key_values", "present") for name in cache_names(part.cache.num_layers)]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notices on names of axes and on its own future
         program = torch.onnx.export(
             lowered.eval(),
             tuple(inputs.values()),
@@ -69,7 +151,7 @@ def export_part(part: Part, module: nn.Module, path: Path, options: OnnxOptions)
             input_names=_flat_names(inputs, part),
             output_names=outputs,
             dynamic_shapes=_dynamic_shapes(part, inputs),
-            opset_version=23 if options.standard_ops and part.cache is not None else opset,
+            opset_version=max(opset, 23) if options.standard_ops and part.cache is not None else opset,
             dynamo=True,
             verbose=False,
         )
@@ -81,13 +163,85 @@ def export_part(part: Part, module: nn.Module, path: Path, options: OnnxOptions)
                 OPTIONAL_INPUTS[value.name], dtype=value.dtype, name=value.name
             )
             model.graph.register_initializer(value)
+    _name_dimensions(part, model)
     model.producer_name, model.producer_version = "mobilemm", None
     model.graph.name = part.name
     for node in model.graph:
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
+    return model
+
+
+def _name_dimensions(part: Part, model: Any) -> None:
+    """Gives dynamic dimensions the names that the part and the cache have for them."""
+    import onnx_ir
+
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
-    onnx_ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+        names = dict(part.dynamic.get(value.name, {}))
+        if value.name == "attention_mask":
+            names = {0: "batch", 1: "total_length"}
+        elif value.name.startswith("past_key_values."):
+            names = {0: "batch", 2: "past_length"}
+        elif value.name.startswith("present."):
+            names = {0: "batch", 2: "total_length"}
+        dims = [names.get(axis, dim) for axis, dim in enumerate(value.shape)]
+        value.shape = onnx_ir.Shape(dims)
+
+
+def _share_tables(part: Part, module: nn.Module, model: Any, folder: Path) -> list[str]:
+    """Points a tied table's initializers at the data of the part that holds the same bytes."""
+    import onnx_ir
+
+    used: list[str] = []
+    for name, (owner, twin) in part.shared.items():
+        stored = folder / f"{owner}.onnx"
+        if not stored.exists() or not isinstance(module.get_submodule(name), QuantizedEmbedding):
+            continue  # a floating-point head lies transposed in its file
+        theirs = onnx_ir.load(stored).graph.initializers
+        for value in model.graph.initializers.values():
+            prefix, _, field = value.name.rpartition(".")
+            other = theirs.get(f"module.{twin}.{field}")
+            if prefix != name or other is None or not isinstance(other.const_value, onnx_ir.ExternalTensor):
+                continue
+            held = other.const_value
+            if held.tobytes() != value.const_value.tobytes():
+                raise MobileMMError(f"part {part.name!r}: its table {name!r} is not that of {owner!r}")
+            tensor = value.const_value
+            value.const_value = onnx_ir.ExternalTensor(
+                held.location,
+                held.offset,
+                held.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=folder,
+            )
+            used.append(str(held.location))
+    return sorted(set(used))
+
+
+def signature(path: Path) -> tuple[tuple[manifest.Tensor, ...], tuple[manifest.Tensor, ...]]:
+    """Inputs and outputs of an ONNX file."""
+    import onnx
+
+    kinds = {
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.FLOAT16: "float16",
+        onnx.TensorProto.UINT8: "uint8",
+        onnx.TensorProto.INT32: "int32",
+        onnx.TensorProto.INT64: "int64",
+    }
+    graph = onnx.load(path, load_external_data=False).graph
+
+    def tensors(values: Any) -> tuple[manifest.Tensor, ...]:
+        found = []
+        for value in values:
+            kind = value.type.tensor_type
+            shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+            found.append(manifest.Tensor(name=value.name, dtype=kinds[kind.elem_type], shape=shape))  # type: ignore[arg-type]
+        return tuple(found)
+
+    return tensors(graph.input), tensors(graph.output)
 
 
 def cache_names(num_layers: int) -> list[str]:

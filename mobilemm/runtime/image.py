@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from mobilemm.data.images import ImageSource, open_image
+from mobilemm.data.images import MAX_PIXELS, ImageSource, open_image
+from mobilemm.errors import MobileMMError
 from mobilemm.runtime.manifest import Image
 
 FILTERS = {
@@ -27,7 +28,10 @@ def to_pixels(source: ImageSource, rule: Image) -> NDArray[np.uint8]:
     if rule.strategy == "pad":
         picture = _padded(picture, rule.pad_color)
     if rule.strategy == "crop":
-        picture = picture.resize(_shortest_edge(picture.size, rule.shortest_edge or rule.height), filter)
+        size = _shortest_edge(picture.size, rule.shortest_edge or min(rule.height, rule.width))
+        if size[0] * size[1] > MAX_PIXELS:
+            raise MobileMMError(f"a picture of {picture.width}×{picture.height} is too narrow; crop it first")
+        picture = picture.resize(size, filter)
         picture = _cropped(picture, rule.width, rule.height)
     else:
         picture = picture.resize((rule.width, rule.height), filter)

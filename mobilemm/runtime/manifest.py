@@ -1,11 +1,12 @@
 """The bundle's manifest, version 1: everything an app must know of a bundle, typed.
 
-Written by `mobilemm.export`, read by `mobilemm.runtime` and, through the JSON Schema made of these classes, by
-the Android and iOS demos. Plain data: no torch, no runtime.
+Written by `mobilemm.export`, read by `mobilemm.runtime` and, through the JSON Schema made of these classes,
+by the Android and iOS demos. Plain data: no torch, no runtime.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,10 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION = 1
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-RelativePath = Annotated[str, Field(min_length=1, max_length=200)]
+# What every phone's and computer's file system can hold, and nothing that leads out of the folder: no `..`,
+# nothing hidden, no drive letters, backslashes or spaces.
+_SEGMENT = r"[A-Za-z0-9_]([A-Za-z0-9._+-]*[A-Za-z0-9_+-])?"
+PATH_PATTERN = rf"^{_SEGMENT}(/{_SEGMENT})*$"
+RelativePath = Annotated[str, Field(min_length=1, max_length=200, pattern=PATH_PATTERN)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=2**16)]
+Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 class Strict(BaseModel):
@@ -37,7 +43,7 @@ class Quantization(Strict):
     """How a part's weights are stored. `bits` counts the main scheme's; `exceptions` maps layer to bits."""
 
     bits: Literal[4, 6, 8, 16, 32]
-    block_size: int | None = None
+    block_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
     symmetric: bool = True
     method: Name = "none"
     activations: Literal["float32", "float16", "int8"] = "float32"
@@ -47,13 +53,16 @@ class Quantization(Strict):
 class Parity(Strict):
     """The shipped part against fp32 PyTorch, as measured on the target's runtime after quantization.
 
-    `cosine`, `snr_db` (decibels) and `max_abs_error` are over all outputs; of the decoder `top1` is the share of
-    positions with the same best token, near-ties apart, and `kl` the mean KL divergence per position in nats.
+    `cosine`, `snr_db` (decibels) and `max_abs_error` are over all outputs; of the decoder `top1` is the share
+    of positions with the same best token, near-ties apart, and `kl` the mean KL divergence per position in
+    nats.
     """
 
     cosine: float
     snr_db: float
     max_abs_error: float
+    # The shipped part against the same quantized weights in PyTorch: what conversion alone has cost, in dB.
+    conversion_db: float
     top1: float | None = None
     near_ties: float | None = None
     kl: float | None = None
@@ -70,9 +79,11 @@ class Part(Strict):
     bytes: Annotated[int, Field(ge=1)]
     parameters: Annotated[int, Field(ge=0)]
     peak_memory: Annotated[int, Field(ge=0)]
+    # Hash of all that the part was made from; a new export takes the part over when it is the same.
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     parity: Parity | None = None
-    # Of an ONNX decoder: "shared" writes keys and values into the buffers that they are read from, which may be
-    # longer than what they hold; "concatenated" gives new and longer ones at each step.
+    # Of an ONNX decoder: "shared" writes keys and values into the buffers that they are read from, which may
+    # be longer than what they hold; "concatenated" gives new and longer ones at each step.
     cache: Literal["shared", "concatenated"] | None = None
 
 
@@ -100,19 +111,20 @@ class Image(Strict):
     """How a picture becomes `pixels`, uint8 (1, 3, height, width). Normalization is inside the graph.
 
     The picture is turned upright, its transparency laid over white, converted to RGB; then, by `strategy`:
-    "stretch" resizes to height × width; "pad" pads to a centred square with `pad_color` first and resizes then;
-    "crop" resizes so that the shorter side is `shortest_edge` (the other: int(long · shortest_edge / short))
-    and cuts the centre out. `filter` is Pillow's of that name, antialiased.
+    "stretch" resizes to height × width; "pad" pads to a centred square with `pad_color` first and resizes
+    then; "crop" resizes so that the shorter side is `shortest_edge` (the other:
+    int(long · shortest_edge / short)) and cuts the centre out. `filter` is
+    Pillow's of that name, antialiased.
     """
 
     height: Size
     width: Size
     strategy: Literal["stretch", "pad", "crop"]
     filter: Literal["nearest", "bilinear", "bicubic", "lanczos"]
-    pad_color: tuple[int, int, int] = (0, 0, 0)
+    pad_color: tuple[Channel, Channel, Channel] = (0, 0, 0)
     shortest_edge: Size | None = None
     # Rows and columns of the picture's tokens, where positions are counted in three dimensions (M-RoPE).
-    position_grid: tuple[int, int] | None = None
+    position_grid: tuple[Size, Size] | None = None
 
 
 class Turn(Strict):
@@ -215,3 +227,17 @@ class Manifest(Strict):
     conversations: list[GoldenConversation]
     benchmarks: list[dict[str, Any]] = []
     files: Annotated[list[File], Field(min_length=1, max_length=10_000)]
+
+
+def json_schema() -> str:
+    """The JSON Schema of `manifest.json`, as it lies beside this file in bundle_v1.schema.json.
+
+    After a change of these classes:
+    `python -m mobilemm.runtime.manifest > mobilemm/runtime/bundle_v1.schema.json`.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._random = SplitMix64(int(np.random.SeedSequence().entropy) if sampling.seed is None else sampling.seed)  # type: ignore[arg-type]
+        self._random = SplitMix64(secrets.randbits(64) if sampling.seed is None else sampling.seed)
 
     def __call__(self, logits: NDArray[Any], seen: Iterable[int]) -> int:
         """The token's id, for logits (vocabulary,) and the ids of the prompt and of the answer so far."""
@@ -118,7 +119,7 @@ def _softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class SplitMix64:
-    """A generator of random numbers that is ten lines in any language, so that a seed means the same on a phone.
+    """Random numbers by ten lines in any language, so that a seed means the same on a phone.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     """

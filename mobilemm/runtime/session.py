@@ -1,69 +1,118 @@
-"""A conversation with a model on PyTorch: pictures, streaming, sampling, several turns."""
+"""A conversation with a bundle: pictures, streaming, sampling, several turns over one cache. No torch."""
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
-import warnings
-from collections.abc import Generator, Iterator
-from contextlib import closing
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from mobilemm.data.images import open_image
+from mobilemm.data.images import ImageSource
 from mobilemm.errors import MobileMMError
+from mobilemm.runtime.backends import Array, Backend, Decoder
+from mobilemm.runtime.image import to_pixels
+from mobilemm.runtime.prompt import PromptTokenizer
+from mobilemm.runtime.sampling import Sampler, Sampling
+from mobilemm.runtime.streaming import TextStream
+
+if TYPE_CHECKING:
+    from mobilemm.runtime.bundle import Bundle
+
+MAX_FEATURES = 16
+"""Pictures whose features are kept, those used last."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy."""
+class Picture:
+    """A picture as the vision part takes it: uint8 (3, height, width), and the hash of these pixels."""
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """The same in the words of transformers' `generate`."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.temperature > 0,
-            "repetition_penalty": self.repetition_penalty,
-            "num_beams": 1,
-        }
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        else:
-            # A checkpoint's own sampling settings do not apply to greedy decoding.
-            options |= {"temperature": None, "top_k": None, "top_p": None}
-        return options
+    pixels: NDArray[np.uint8]
+    key: str
 
 
-class ChatSession:
-    """One conversation. Works with mobilemm's models and with any image-text-to-text model of transformers.
+@dataclass
+class Stats:
+    """What one answer took. Times in seconds; loading of parts is not part of the others.
 
-    A model whose processor has no chat template (PaliGemma) answers each question by itself, about the
-    pictures shown last: its prompt is an image mark for each picture, and the question.
+    `ttft` is from the question to the first token, pictures included. The first token comes from the prefill,
+    so `decode_seconds` is that of `new_tokens` − 1 steps.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    load_seconds: float = 0.0
+    image_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    ttft: float = 0.0
+    decode_steps: int = 0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens a second that were read."""
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second that were written."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"ttft {self.ttft:.2f} s · prefill {self.prefill_rate:.0f} tok/s"
+            f" ({self.prompt_tokens - self.cached_tokens} of {self.prompt_tokens} tokens,"
+            f" {self.cached_tokens} cached) · decode {self.decode_rate:.1f} tok/s ({self.new_tokens} tokens)"
+            f" · pictures {self.image_seconds:.2f} s · load {self.load_seconds:.2f} s"
+        )
+
+
+class Session:
+    """One conversation with a bundle, over whatever runs it.
+
+    Each turn renders and tokenizes the whole conversation, and prefills only what the cache does not hold
+    already: so what is said never depends on how the cache came about.
 
     Args:
-        model, processor: what `mobilemm.load` gives.
+        bundle: an opened bundle.
+        backend: what runs its parts; several sessions may share one.
         sampling: how answers are drawn.
         system: a system prompt, where the model's template takes one.
+        keep_vision: False gives the vision part's memory back behind each question about a new picture.
     """
 
     def __init__(
-        self, model: Any, processor: Any, sampling: Sampling | None = None, system: str | None = None
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+        keep_vision: bool = True,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.bundle, self.backend = bundle, backend
+        self.manifest = bundle.manifest
         self.sampling = sampling or Sampling()
         self.system = system
+        self.keep_vision = keep_vision
+        model, prompt = self.manifest.model, self.manifest.prompt
+        self.tokenizer = PromptTokenizer(
+            bundle.path(prompt.tokenizer), prompt, model.image_token_id, model.num_image_tokens
+        )
+        self.stats: Stats | None = None
+        self._decoder: Decoder | None = None
+        self._features: OrderedDict[str, Array] = OrderedDict()
+        # What the cache holds: ids, perhaps more of them than the decoder has taken in; and pictures.
+        self._cached: list[int] = []
+        self._shown: list[str] = []
+        self._next_position = 0
         self.messages: list[dict[str, Any]] = []
-        self.pending: list[Any] = []
+        self.pending: list[Picture] = []
         self.reset()
 
     def reset(self) -> None:
@@ -73,12 +122,15 @@ class ChatSession:
         if self.system is not None:
             self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
 
-    def look_at(self, picture: Any) -> None:
+    def look_at(self, picture: ImageSource) -> None:
         """Shows a picture (a path, encoded bytes or a PIL image); it goes with what is said next.
 
-        Raises MobileMMError for what cannot be read.
+        Raises MobileMMError for what cannot be read, and when the bundle takes no pictures.
         """
-        self.pending.append(open_image(picture))
+        if self.manifest.image is None:
+            raise MobileMMError(f"{self.bundle.folder}: this bundle takes no pictures")
+        pixels = to_pixels(picture, self.manifest.image)
+        self.pending.append(Picture(pixels, hashlib.sha256(pixels.tobytes()).hexdigest()))
 
     def reply(self, text: str) -> str:
         """The answer to `text` in one piece."""
@@ -87,32 +139,29 @@ class ChatSession:
     def stream(self, text: str) -> Iterator[str]:
         """The answer to `text` as it comes, in pieces of whole characters that join to the answer.
 
-        A stream that is closed early, or interrupted with Ctrl-C, stops the model; what it had said by then
-        is remembered as its answer, or, when it had said nothing, the turn is forgotten.
+        A stream that is closed early, or interrupted with Ctrl-C, stops; what was said by then is remembered
+        as the answer, or, when nothing was, the turn is forgotten. `stats` tells what it took.
 
-        Raises MobileMMError when the conversation no longer fits into the model's context or its processor
-        refuses it, and whatever generating raises. After an error the conversation is what it was before,
-        with the pictures still waiting.
+        Raises MobileMMError when the conversation no longer fits into the model's context, its template
+        refuses it, or a part fails. After an error the conversation is what it was before, with the pictures
+        still waiting.
         """
         content = [{"type": "image", "image": picture} for picture in self.pending]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        inputs = self._encode([*self.messages, turn])
-        length, context = inputs["input_ids"].shape[1], context_length(self.model)
-        if context and length >= context:
+        messages = [*self.messages, turn]
+        ids = self.tokenizer.encode(messages)
+        context = self.manifest.model.context_length
+        if len(ids) >= context:
             raise MobileMMError(
-                f"the prompt is {length} tokens long, pictures included; this model's context is {context}:"
+                f"the prompt is {len(ids)} tokens long, pictures included; this model's context is {context}:"
                 " shorten it, or start anew"
             )
-        sampling = self.sampling.options()
-        if context:
-            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - length)
         pieces: list[str] = []
         finished = False
         try:
-            with closing(self._generate(inputs, sampling)) as stream:
-                for piece in stream:
-                    pieces.append(piece)
-                    yield piece
+            for piece in self._generate(ids, _pictures(messages), context - len(ids)):
+                pieces.append(piece)
+                yield piece
             finished = True
         except (GeneratorExit, KeyboardInterrupt):
             finished = bool(pieces)
@@ -123,156 +172,150 @@ class ChatSession:
                 answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
                 self.messages += [turn, answer]
 
-    def _encode(self, messages: list[dict[str, Any]]) -> Any:
-        from jinja2 import TemplateError
-
-        try:
-            if has_chat_template(self.processor):
-                inputs = self.processor.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                )
-            else:
-                inputs = self._encode_plain(messages)
-        except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
-            raise MobileMMError(f"the model's processor refuses this conversation: {error}") from error
-        inputs = inputs.to(self.model.device)
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[name] = value.to(self.model.dtype)
-        return inputs
-
-    def _encode_plain(self, messages: list[dict[str, Any]]) -> Any:
-        """The last question and the pictures shown last, for a processor without a chat template."""
-        if messages[0]["role"] == "system":
-            raise MobileMMError("this model has no chat template, and so takes no system prompt")
-        shown = [
-            [part["image"] for part in message["content"] if part["type"] == "image"] for message in messages
-        ]
-        pictures: list[Any] = next((images for images in reversed(shown) if images), [])
-        mark = getattr(self.processor, "image_token", None) or ""
-        text = f"{mark}" * len(pictures) + messages[-1]["content"][-1]["text"]
-        return self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
-
-    def _generate(self, inputs: Any, options: dict[str, Any]) -> Generator[str]:
-        pieces: queue.Queue[str | None] = queue.Queue()
-        failure: list[BaseException] = []
-        stopped = threading.Event()
-
-        def run() -> None:
-            try:
-                # Sampling draws from torch's global generator; a seed must not change it for others.
-                with torch.random.fork_rng(enabled=self.sampling.seed is not None):
-                    if self.sampling.seed is not None:
-                        torch.manual_seed(self.sampling.seed)
-                    self.model.generate(
-                        **inputs,
-                        **options,
-                        streamer=_Streamer(self.processor.tokenizer, pieces),
-                        stopping_criteria=[lambda ids, _: _stop(stopped, ids)],
-                    )
-            except BaseException as error:  # handed to the caller's thread below
-                failure.append(error)
-            finally:
-                pieces.put(None)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
+    def _generate(self, ids: list[int], pictures: list[Picture], room: int) -> Generator[str]:
+        stats = self.stats = Stats(prompt_tokens=len(ids))
+        self._load(pictures, stats)
+        begun = time.perf_counter()
+        logits = self._prefill(ids, pictures, stats)
+        sampler = Sampler(self.sampling)
+        text = TextStream(self.tokenizer.decode, self.manifest.prompt.stop)
+        seen = list(ids)
+        token = sampler(logits, seen)
+        stats.ttft = time.perf_counter() - begun
+        most = min(self.sampling.max_new_tokens, room)
+        while token not in self.manifest.model.eos_token_ids:
+            seen.append(token)
+            stats.new_tokens += 1
+            if piece := text.put(token):
                 yield piece
-        finally:
-            stopped.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+            if text.stopped or stats.new_tokens == most:
+                break
+            begun = time.perf_counter()
+            token = sampler(self._feed([token], None, self._text_position()), seen)
+            stats.decode_seconds += time.perf_counter() - begun
+            stats.decode_steps += 1
+        if piece := text.end():
+            yield piece
+
+    def _load(self, pictures: list[Picture], stats: Stats) -> None:
+        begun = time.perf_counter()
+        if any(picture.key not in self._features for picture in pictures):
+            self.backend.load("vision")
+        self.backend.load("embed")
+        if self._decoder is None:
+            self._decoder = self.backend.decoder()
+        stats.load_seconds = time.perf_counter() - begun
+
+    def _prefill(self, ids: list[int], pictures: list[Picture], stats: Stats) -> Array:
+        """Logits (vocabulary,) behind the prompt, of which only what the cache lacks is run."""
+        decoder = self._decoder
+        assert decoder is not None
+        begun = time.perf_counter()
+        features = [self._look(picture) for picture in pictures]
+        if not self.keep_vision:
+            self.backend.release("vision")
+        stats.image_seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        del self._cached[decoder.length :]
+        keys = [picture.key for picture in pictures]
+        start = min(self._common(ids, keys), len(ids) - 1)
+        decoder.truncate(start)
+        del self._cached[start:]
+        self._shown = keys
+        stats.cached_tokens = start
+        rows = np.concatenate(features) if features else None
+        if rows is not None:
+            rows = rows[sum(token == self.manifest.model.image_token_id for token in ids[:start]) :]
+        grid = self.manifest.image.position_grid if self.manifest.image else None
+        positions = None
+        if grid is not None:
+            every = rope_positions(ids, self.manifest.model.image_token_id, grid)
+            positions = every[:, None, start:]
+            self._next_position = int(every.max()) + 1
+        logits = self._feed(ids[start:], rows, positions)
+        stats.prefill_seconds = time.perf_counter() - begun
+        return logits
+
+    def _common(self, ids: list[int], keys: list[str]) -> int:
+        """How many ids, and the pictures among them, are those that the cache holds."""
+        length = min(len(ids), len(self._cached))
+        old, new = np.array(self._cached[:length], np.int64), np.array(ids[:length], np.int64)
+        differing = np.flatnonzero(old != new)
+        common = int(differing[0]) if len(differing) else length
+        places = np.flatnonzero(new == self.manifest.model.image_token_id)
+        places = places[:: max(self.manifest.model.num_image_tokens, 1)]
+        for place, before, now in zip(places, self._shown, keys, strict=False):
+            if before != now:
+                return min(common, int(place))
+        return common
+
+    def _feed(self, ids: list[int], features: Array | None, positions: Array | None) -> Array:
+        """Appends to the cache; logits (vocabulary,) behind the last id."""
+        decoder = self._decoder
+        assert decoder is not None
+        if features is None:
+            features = np.zeros((0, self.manifest.model.hidden_size), np.float32)
+        inputs = {"input_ids": np.array([ids], np.int64), "image_features": features}
+        embeds = self.backend.run("embed", inputs)["inputs_embeds"]
+        # Before the decoder has them: what is interrupted leaves too many here, never too few.
+        self._cached += ids
+        return decoder.decode(embeds, positions)[0, -1]
+
+    def _text_position(self) -> Array | None:
+        """The next token's position, where positions have three dimensions."""
+        if self.manifest.image is None or self.manifest.image.position_grid is None:
+            return None
+        self._next_position += 1
+        return np.full((3, 1, 1), self._next_position - 1, np.int64)
+
+    def _look(self, picture: Picture) -> Array:
+        """The picture's features (tokens, hidden), computed once for the same pixels."""
+        if picture.key not in self._features:
+            pixels = picture.pixels[None]
+            self._features[picture.key] = self.backend.run("vision", {"pixels": pixels})["image_features"]
+        self._features.move_to_end(picture.key)
+        while len(self._features) > MAX_FEATURES:
+            self._features.popitem(last=False)
+        return self._features[picture.key]
 
 
-class _Streamer:
-    """Takes tokens from `generate` and puts text into a queue, in whole characters.
+def rope_positions(ids: Sequence[int], image_token_id: int, grid: tuple[int, int]) -> NDArray[np.int64]:
+    """Positions (3, length) of time, row and column, where pictures take rows × columns positions.
 
-    New tokens are decoded behind the ones that gave the last piece, so that the pieces join to what decoding
-    the whole answer gives (but for the number of replacement characters where a model's bytes are no UTF-8).
-    transformers' TextIteratorStreamer decodes each line by itself, by which tokenizers of the SentencePiece
-    kind lose a space.
+    All tokens of a picture that begins at p have the time p, and p plus their place in the grid; the text
+    behind it goes on at p + max(rows, columns). Source: M-RoPE of Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
-
-    def __init__(self, tokenizer: Any, pieces: queue.Queue[str | None]) -> None:
-        self.tokenizer, self.pieces = tokenizer, pieces
-        self.ids: list[int] = []
-        self.before, self.sent = 0, 0  # tokens of the last piece are ids[before:sent]
-        self.seen_prompt = False
-
-    def put(self, ids: torch.Tensor) -> None:
-        """One step's token; the first call brings the prompt."""
-        if not self.seen_prompt:
-            self.seen_prompt = True
-            return
-        self.ids += ids.flatten().tolist()
-        fresh = self._fresh()
-        # The bytes of an unfinished character decode to replacement characters.
-        if fresh and not fresh.endswith("\ufffd"):
-            self.pieces.put(fresh)
-            self.before, self.sent = self.sent, len(self.ids)
-
-    def end(self) -> None:
-        """Sends what was held back."""
-        if fresh := self._fresh():
-            self.pieces.put(fresh)
-
-    def _fresh(self) -> str:
-        known = self._decode(self.ids[self.before : self.sent])
-        return self._decode(self.ids[self.before :])[len(known) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    rows, columns = grid
+    positions = np.empty((3, len(ids)), np.int64)
+    index = position = 0
+    starts = np.flatnonzero(np.asarray(ids) == image_token_id)[:: rows * columns]
+    for start in [*starts.tolist(), len(ids)]:
+        positions[:, index:start] = np.arange(position, position + start - index)
+        position += start - index
+        if start == len(ids):
+            break
+        index = start + rows * columns
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        positions[:, start:index] = position + np.stack([np.zeros_like(row), row, column])
+        position += max(rows, columns)
+    return positions
 
 
-def _stop(stopped: threading.Event, ids: torch.Tensor) -> torch.Tensor:
-    return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
+def _pictures(messages: Sequence[dict[str, Any]]) -> list[Picture]:
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
 
 
-def has_chat_template(processor: Any) -> bool:
-    """Whether the processor knows how a conversation is written."""
-    from mobilemm.data.processor import MobileMMProcessor
+def __getattr__(name: str) -> Any:
+    # Conversations on PyTorch stand in a module of their own, which imports torch.
+    if name in (
+        "ChatSession",
+        "choose_device",
+        "choose_dtype",
+        "context_length",
+        "has_chat_template",
+        "quiet",
+    ):
+        from mobilemm.runtime import pytorch
 
-    return isinstance(processor, MobileMMProcessor) or bool(getattr(processor, "chat_template", None))
-
-
-def context_length(model: Any) -> int | None:
-    """How many tokens the language model can attend to, None when its config does not say."""
-    text = model.config.get_text_config()
-    return getattr(text, "max_position_embeddings", None)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is. Raises MobileMMError for one that is not there."""
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise MobileMMError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
-    """The dtype of that name; left out, float32 on a CPU and elsewhere the checkpoint's own."""
-    if name is None:
-        return torch.float32 if device.type == "cpu" else None
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise MobileMMError(f"unknown dtype {name!r}; known: {', '.join(known)}")
-    return known[name]
-
-
-def quiet() -> None:
-    """Keeps libraries' progress bars and notices out of a conversation."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+        return getattr(pytorch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import mobilemm
-from mobilemm.runtime.session import ChatSession, Sampling
+from mobilemm.runtime.pytorch import ChatSession
+from mobilemm.runtime.sampling import Sampling
 
 Run = Callable[..., Any]
 

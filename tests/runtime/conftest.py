@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 from mobilemm.models import MobileMMConfig, MobileMMForConditionalGeneration
 from mobilemm.models.checkpoints import Loaded
 from mobilemm.models.checkpoints.parts import make_processor
+from mobilemm.runtime.bundle import Bundle, open_bundle
+from tests.runtime.bundles import write_bundle
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'.,:?!\n▁"
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -78,3 +81,21 @@ def loaded(llama_kind: PreTrainedTokenizerFast) -> Loaded:
     # A random model's bytes are no UTF-8; let it say letters and words.
     model.generation_config.suppress_tokens = [2, *range(3, 3 + 256)]
     return Loaded(model, make_processor(model, llama_kind, [0.5] * 3, [0.5] * 3))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(loaded.model, loaded.processor, tmp_path_factory.mktemp("bundles") / "shared")
+
+
+@pytest.fixture(scope="session")
+def bundle(shared_folder: Path) -> Bundle:
+    """`loaded` as an ONNX bundle, whose decoder keeps its cache in shared buffers."""
+    return open_bundle(shared_folder)
+
+
+@pytest.fixture(scope="session")
+def concatenated(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same in standard operators, with a cache that is concatenated."""
+    folder = tmp_path_factory.mktemp("bundles") / "concatenated"
+    return open_bundle(write_bundle(loaded.model, loaded.processor, folder, standard_ops=True))

@@ -1,4 +1,4 @@
-"""Conversations: what streams, what is remembered, and what happens when something goes wrong."""
+"""Conversations on PyTorch: what streams, what is remembered, and what happens when something goes wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from mobilemm.data.templates import VicunaTemplate
 from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints import Loaded
-from mobilemm.runtime.session import ChatSession, Sampling, choose_device, choose_dtype
+from mobilemm.runtime.pytorch import ChatSession, choose_device, choose_dtype
+from mobilemm.runtime.sampling import Sampling
 
 RED = Image.new("RGB", (40, 30), "red")
 BLUE = Image.new("RGB", (30, 40), "blue")

@@ -1,0 +1,214 @@
+"""The shipped part against PyTorch: on the target's own runtime, after quantization."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError
+from mobilemm.export.decoder import Decoder, DecoderLayer, EagerCache
+from mobilemm.export.layerwise import load_parameters
+from mobilemm.export.parts import Part
+from mobilemm.runtime.manifest import Parity
+
+Array = NDArray[np.float32]
+
+# A best token whose lead over the second, in nats, is smaller than this is a near-tie: another choice is no error.
+NEAR_TIE = {32: 0.01, 16: 0.1, 8: 0.3, 4: 1.0}
+MAX_DB = 200.0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that a part must reach. `conversion_db` is against the same weights, the rest against fp32."""
+
+    conversion_db: float
+    cosine: float
+    top1: float = 0.0
+
+
+# By the bits of the weights. Conversion is arithmetic in another order, or with activations in int8; a
+# wrong layout, a lost bias or a swapped axis costs tens of decibels. The damage done by quantization is the
+# weights' own affair: random ones lose far more than trained ones, so these floors only catch ruin.
+FLOORS: Mapping[str, Mapping[int, Floor]] = {
+    "vision": {32: Floor(60, 0.9999), 16: Floor(45, 0.999), 8: Floor(20, 0.98), 4: Floor(15, 0.9)},
+    "embed": {32: Floor(100, 0.99999), 16: Floor(60, 0.9999), 8: Floor(80, 0.999), 4: Floor(80, 0.97)},
+    "decoder": {
+        32: Floor(60, 0.9999, 1.0),
+        16: Floor(35, 0.999, 0.98),
+        8: Floor(20, 0.98, 0.9),
+        4: Floor(15, 0.75),
+    },
+}
+ADVICE = {
+    "vision": "--q-vision int8 or fp32",
+    "embed": "--q-embed int8 or fp32",
+    "decoder": "--q-llm int8, a smaller --block-size, or --q-keep for the layers named",
+}
+
+
+def reference(part: Part, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a part gives in fp32 PyTorch, from the checkpoint's own weights.
+
+    Of a decoder one layer at a time is in memory. Its logits are those of all positions.
+    """
+    with torch.no_grad():
+        if isinstance(part.module, Decoder):
+            return decoder_reference(part, inputs)
+        module = with_weights(part.module, part.weights)
+        return module(*inputs.values())
+
+
+def decoder_reference(
+    part: Part, inputs: Mapping[str, Tensor], watch: Callable[[str, Tensor], None] | None = None
+) -> Tensor:
+    """Logits of all positions, from weights that are read layer by layer; `watch` is shown each layer's sum."""
+    source = part.module
+    assert isinstance(source, Decoder)
+    with torch.device("meta"):
+        decoder = Decoder(source.spec)
+    rotary = decoder.rotary(inputs.get("position_ids"))
+    cache = EagerCache()
+    hidden: Tensor = inputs["inputs_embeds"].float()
+    residual: Tensor | None = None
+    with torch.no_grad():
+        for index, layer in enumerate(decoder.layers):
+            assert isinstance(layer, DecoderLayer)
+            load_parameters(layer, part.weights, f"layers.{index}.")
+            rope = layer.spec.rope
+            hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
+            layer.to("meta")
+            if watch is not None:
+                watch(f"layers.{index}", hidden + residual)
+        load_parameters(decoder.norm, part.weights, "norm.")
+        normed, _ = decoder.norm(hidden, residual)
+        # The head is the largest matrix: its rows are taken in pieces, so that no fp32 copy of it exists.
+        head = part.weights["lm_head.weight"]
+        logits = torch.cat([normed @ rows.float().T for rows in head.split(8192)], -1)
+    if (cap := source.spec.logit_softcap) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a module in float32, with `weights` in the places of parameters on the meta device."""
+    filled = share_tensors(module)
+    for name, parameter in list(filled.named_parameters()):
+        *path, last = name.split(".")
+        owner = filled.get_submodule(".".join(path))
+        value = weights[name] if name in weights else parameter
+        setattr(owner, last, nn.Parameter(value.detach().float(), requires_grad=False))
+    for name, buffer in list(filled.named_buffers()):
+        *path, last = name.split(".")
+        if buffer.is_floating_point():
+            filled.get_submodule(".".join(path))._buffers[last] = buffer.float()
+    return filled.eval()
+
+
+def share_tensors(module: nn.Module) -> nn.Module:
+    """A copy of the modules over the same tensors."""
+    memo: dict[int, object] = {id(tensor): tensor for tensor in module.parameters()}
+    memo |= {id(tensor): tensor for tensor in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def measure(
+    shipped: Array, wanted: Array, quantized: Array, *, bits: int = 32, logits: bool = False
+) -> Parity:
+    """How close the shipped part's output is to fp32's (`wanted`), and to its own weights' in PyTorch.
+
+    Shapes: equal; with `logits` (…, positions, vocabulary).
+    """
+    if not np.isfinite(shipped).all():
+        raise MobileMMError("the shipped part gives NaN or infinite values")
+    top1 = ties = kl = None
+    if logits:
+        top1, ties, kl = _tokens(shipped, wanted, NEAR_TIE[bits])
+    return Parity(
+        cosine=cosine(shipped, wanted),
+        snr_db=snr_db(shipped, wanted),
+        max_abs_error=float(np.abs(shipped - wanted).max()),
+        conversion_db=snr_db(shipped, quantized),
+        top1=top1,
+        near_ties=ties,
+        kl=kl,
+    )
+
+
+def check(part: str, bits: int, parity: Parity, worst: Callable[[], Sequence[str]] | None = None) -> None:
+    """Raises MobileMMError when a part is below its floor, with the figure, the worst layers and the way out."""
+    floors = FLOORS.get(part, FLOORS["vision"])
+    floor = floors[4 if bits <= 6 else bits]
+    failed = [
+        f"{name} {found:.4g}, at least {least:g} is wanted"
+        for name, found, least in (
+            ("conversion error (dB)", parity.conversion_db, floor.conversion_db),
+            ("cosine to fp32", parity.cosine, floor.cosine),
+            ("top-1 agreement", 1.0 if parity.top1 is None else parity.top1, floor.top1),
+        )
+        if found < least
+    ]
+    if not failed:
+        return
+    layers = f"; worst: {', '.join(worst())}" if worst is not None else ""
+    raise MobileMMError(
+        f"part {part!r} ({bits} bits) is not what PyTorch says: {'; '.join(failed)}{layers}."
+        f" Try {ADVICE.get(part, 'more bits')}"
+    )
+
+
+def worst_layers(part: Part, quantized: nn.Module, inputs: Mapping[str, Tensor], count: int = 3) -> list[str]:
+    """The decoder layers behind which the quantized model loses most, in dB against the layer before."""
+    assert isinstance(quantized, Decoder)
+    wanted: dict[str, Tensor] = {}
+    decoder_reference(part, inputs, lambda name, value: wanted.__setitem__(name, value))
+    cache, rotary = EagerCache(), quantized.rotary(inputs.get("position_ids"))
+    hidden, residual = inputs["inputs_embeds"].float(), None
+    losses, before = [], MAX_DB
+    with torch.no_grad():
+        for index, layer in enumerate(quantized.layers):
+            rope = layer.spec.rope  # type: ignore[union-attr]
+            hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
+            name = f"layers.{index}"
+            now = snr_db((hidden + residual).numpy(), wanted[name].numpy())
+            losses.append((before - now, f"{name} ({now:.1f} dB)"))
+            before = now
+    return [text for _, text in sorted(losses, reverse=True)[:count]]
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Of the two as vectors; 1 where both are zero."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / norms if norms else float(not x.any() and not y.any())
+
+
+def snr_db(found: Array, wanted: Array) -> float:
+    """10 log10 of the wanted values' energy over the error's, at most MAX_DB."""
+    signal = float(np.square(wanted, dtype=np.float64).sum())
+    noise = float(np.square(found.astype(np.float64) - wanted).sum())
+    if noise == 0:
+        return MAX_DB
+    return -MAX_DB if signal == 0 else min(10 * math.log10(signal / noise), MAX_DB)
+
+
+def _tokens(shipped: Array, wanted: Array, near_tie: float) -> tuple[float, float, float]:
+    """Share of equal best tokens, where a near-tie's second counts as equal; share of near-ties; mean KL."""
+    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (shipped, wanted))
+    best = b.argmax(-1)
+    rows = np.arange(len(b))
+    margins = b[rows, best] - b[rows, a.argmax(-1)]
+    second = np.partition(b, -2, -1)[:, -2]
+    ties = (b[rows, best] - second) < near_tie
+    log_p, log_q = (x - x.max(-1, keepdims=True) for x in (b, a))
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
+    kl = float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+    return float((margins < near_tie).mean()), float(ties.mean()), max(kl, 0.0)

@@ -1,0 +1,130 @@
+"""Vision, embedding and decoder as ONNX files on onnxruntime, against the whole model in transformers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PIL
+
+from mobilemm.export.parts import Part, parts_of
+from mobilemm.export.targets.onnx import OnnxOptions, cache_names, export_part
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+DECODED = 4  # tokens after the prompt, one at a time
+TOLERANCE = 1e-3
+
+
+class Bundle:
+    """The three files, fed as an app feeds them."""
+
+    def __init__(self, split: Any, folder: Path, options: OnnxOptions) -> None:
+        self.split, self.parts = split, parts_of(split)
+        self.sessions = {}
+        for name, part in self.parts.items():
+            path = folder / f"{name}.onnx"
+            export_part(part, filled(part), path, options)
+            self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(self, name: str, inputs: dict[str, Any]) -> list[np.ndarray]:
+        return self.sessions[name].run(None, inputs)
+
+    def logits(self, ids: np.ndarray, pictures: np.ndarray, more: list[int]) -> list[np.ndarray]:
+        """Of the whole prompt (1, length), and of each further token."""
+        cache, width = self.parts["decoder"].cache, self.split.text_config.hidden_size
+        assert cache is not None
+        empty = np.zeros((1, cache.num_key_value_heads, 0, cache.head_dim), np.float32)
+        past = dict.fromkeys(cache_names(cache.num_layers), empty)
+        no_features = np.zeros((0, width), np.float32)
+        features = self.run("vision", {"pixels": pictures})[0] if len(pictures) else no_features
+        positions = self.positions(ids[0].tolist(), len(more))
+        made, start = [], 0
+        for step in (ids, *(np.array([[token]]) for token in more)):
+            end = start + step.shape[1]
+            embeds = self.run("embed", {"input_ids": step, "image_features": features})[0]
+            inputs = {
+                "inputs_embeds": embeds,
+                "attention_mask": np.ones((1, end), np.int64),
+                "logits_positions": np.arange(step.shape[1]),
+                **past,
+            }
+            if self.split.image.position_grid is not None:
+                inputs["position_ids"] = positions[:, :, start:end]
+            logits, *present = self.run("decoder", inputs)
+            made.append(logits)
+            past = dict(zip(past, present, strict=True))
+            features, start = no_features, end
+        return made
+
+    def positions(self, ids: list[int], more: int) -> np.ndarray:
+        """M-RoPE's (3, 1, length): text counts on, a picture's tokens have its time, their row and column."""
+        rows, columns = self.split.image.position_grid or (1, 1)
+        found: list[tuple[int, int, int]] = []
+        following = 0
+        for is_image, run in itertools.groupby(
+            [*ids, *[-1] * more], lambda one: one == self.split.image_token_id
+        ):
+            count = len(list(run))
+            if not is_image:
+                found += [(following + index,) * 3 for index in range(count)]
+                following += count
+                continue
+            for _ in range(count // (rows * columns)):
+                found += [
+                    (following, following + row, following + column)
+                    for row in range(rows)
+                    for column in range(columns)
+                ]
+                following += max(rows, columns)
+        return np.array(found).T[:, None]
+
+
+def filled(part: Part) -> Any:
+    """The part's module with its weights, in fp32."""
+    if part.weights:
+        weights = {name: tensor.float() for name, tensor in part.weights.items()}
+        part.module.load_state_dict(weights, strict=True, assign=True)
+    return part.module.float()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("standard_ops", [False, True], ids=["contrib", "standard"])
+def test_logits_are_transformers_own(case: Any, standard_ops: bool, tmp_path: Path) -> None:
+    split, processor = case.split, case.split.processor
+    bundle = Bundle(split, tmp_path, OnnxOptions(standard_ops=standard_ops))
+    noise = np.random.default_rng(0).integers(0, 256, (2, split.image.height, split.image.width, 3), np.uint8)
+    for count in (0, 1, 2):
+        text = f"What{processor.image_token * (count > 0)} is{processor.image_token * (count > 1)} this?"
+        # Of the tile's own size: how pictures come to it is tested elsewhere.
+        pictures = {"images": [PIL.fromarray(one) for one in noise[:count]]} if count else {}
+        inputs = dict(processor(text=[text], return_tensors="pt", **pictures))
+        more = [9, 7, 5, 8][:DECODED]
+        wanted = transformers_logits(case.reference, inputs, more)
+        pixels = noise[:count].transpose(0, 3, 1, 2)
+        found = bundle.logits(inputs["input_ids"].numpy(), pixels, more)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.shape == tuple(other.shape)
+            assert float((torch.tensor(one) - other).abs().max()) <= TOLERANCE
+        # The logits are no constants, and the last picture is seen.
+        if count:
+            changed = np.concatenate([pixels[:-1], 255 - pixels[-1:]])
+            seen = bundle.logits(inputs["input_ids"].numpy(), changed, more)
+            assert float(np.abs(seen[-1] - found[-1]).max()) > 10 * TOLERANCE
+
+
+@torch.no_grad()
+def transformers_logits(model: Any, inputs: dict[str, Any], more: list[int]) -> list[torch.Tensor]:
+    """Of the prompt, and of each further token with the cache."""
+    if model.config.model_type == "qwen2_5_vl":
+        model.model.rope_deltas = None  # what it keeps of the last prompt
+    out = model(**inputs, use_cache=True)
+    made = [out.logits]
+    for token in more:
+        out = model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values)
+        made.append(out.logits)
+    return made
