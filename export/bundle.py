@@ -1,7 +1,7 @@
 """Writes a bundle: all of it beside its place first, then under its name in one step.
 
-A process may be killed at any moment. Under the bundle's name stands nothing, the bundle that was there before,
-or the new one, each whole; what a dead process left beside it is removed by the next one.
+A process may be killed at any moment. Under the bundle's name stands nothing, the bundle that was there
+before, or the new one, each whole; what a dead process left beside it is removed by the next one.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class BundleWriter:
     def finish(self, manifest: Manifest, license_text: str | None = None) -> Bundle:
         """Completes, checks and puts in place the bundle.
 
-        README.md is written, and LICENSE when there is a text; `files` and each part's `bytes` in the manifest
-        are filled in here from what lies in the folder, whatever stands there. The bundle is opened as a
-        stranger's before it gets its name.
+        README.md is written, and LICENSE when there is a text; `files` and each part's `bytes` in the
+        manifest are filled in here from what lies in the folder, whatever stands there. The bundle is opened
+        as a stranger's before it gets its name.
 
         Raises MobileMMError when it would not open, or when the disk refuses.
         """
@@ -128,7 +128,11 @@ def put_in_place(folder: Path, destination: Path) -> None:
                 raise MobileMMError(f"{destination}: is being replaced by another process; try again")
             old = _beside(destination, "replaced")
             os.rename(destination, old)
-            os.rename(folder, destination)
+            try:
+                os.rename(folder, destination)
+            except OSError:
+                os.rename(old, destination)
+                raise
     else:
         os.rename(folder, destination)
     _sync(destination.parent)

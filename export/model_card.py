@@ -1,4 +1,4 @@
-"""The README.md that travels in a bundle: what it is, what it is made of, how it was checked, how to run it."""
+"""The README.md that travels in a bundle: what it is, its parts, how they were checked, how to run it."""
 
 from __future__ import annotations
 

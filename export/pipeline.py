@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,8 +127,8 @@ def export_parts(
 ) -> dict[str, Record]:
     """Writes each part into `work`, unless what lies there was made from the same.
 
-    A part's files are moved into place first and its record is written last, so that a broken export leaves
-    finished parts, and nothing that looks like one.
+    A part's record is written when its files are whole, so that a broken export leaves finished parts, and
+    nothing else that looks like one.
 
     Raises MobileMMError when a part cannot be expressed by the target, or is below its floor.
     """
@@ -151,20 +150,14 @@ def export_parts(
         report(f"{name}: quantizing")
         module = _quantized(model, part, options, samples, tables, report)
         report(f"{name}: converting")
-        temporary = work / f".{name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for shared in {owner for owner, _ in part.shared.values()}:
-            for file in (Path(record) for record in records[shared].part.files):
-                os.link(work / file.name, temporary / file.name)
-        exported = target.write(part, module, temporary)
+        # The record goes first and comes last: without it, what lies here counts for nothing.
+        (work / f"{name}.json").unlink(missing_ok=True)
+        exported = target.write(part, module, work)
         proof = proof or _Proof(model, samples)
-        parity, golden = _verify(
-            model, part, module, target, exported, temporary, plan, proof, options, report
-        )
-        entry = _entry(part, plan, exported, temporary, parity, prints[name])
+        parity, golden = _verify(model, part, module, target, exported, work, plan, proof, options, report)
+        entry = _entry(part, plan, exported, work, parity, prints[name])
         record = Record(entry, golden, time.monotonic() - start)
-        _finish(work, temporary, name, record, owned=exported.files)
+        _finish(work, name, record)
         records[name] = record
         del module
     return records
@@ -433,27 +426,23 @@ def _entry(
     )
 
 
-def _finish(work: Path, temporary: Path, name: str, record: Record, owned: Sequence[str]) -> None:
-    """Moves a part's files into place, and writes its record when they are all there."""
-    (work / f"{name}.json").unlink(missing_ok=True)
-    for file in (*owned, f"{name}.safetensors"):
-        source = temporary / file
-        if source.exists() and file.split(".")[0] == name:
-            _sync(source)
-            os.replace(source, work / file)
+def _finish(work: Path, name: str, record: Record) -> None:
+    """Writes a part's record, when its files are there."""
+    files = [Path(file).name for file in record.part.files] + [f"{name}.safetensors"]
+    for file in files:
+        _sync(work / file)
     text = json.dumps(
         {
             "part": record.part.model_dump(),
             "golden": record.golden.model_dump() if record.golden else None,
             "seconds": record.seconds,
-            "sizes": {Path(file).name: (work / Path(file).name).stat().st_size for file in record.part.files},
+            "sizes": {file: (work / file).stat().st_size for file in files},
         }
     )
     whole = work / f".{name}.json"
     whole.write_text(text, encoding="utf-8")
     _sync(whole)
     os.replace(whole, work / f"{name}.json")
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -470,7 +459,7 @@ def _finished(work: Path, name: str, fingerprint: str) -> Record | None:
         sizes = {file: (work / file).stat().st_size for file in content["sizes"]}
         if part.fingerprint != fingerprint or sizes != content["sizes"]:
             return None
-        if golden is None or not (work / f"{name}.safetensors").exists():
+        if golden is None:
             return None
         return Record(part, manifest.Golden.model_validate_json(json.dumps(golden)), content["seconds"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):

@@ -5,8 +5,6 @@ A new family is one file with a `split` and one line in `FAMILIES`.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import importlib
 from typing import Any
 
@@ -29,8 +27,7 @@ def split_model(model: Any, processor: Any, image_size: int | None = None) -> Sp
     """Takes a model of any supported family apart, for pictures of one tile each.
 
     Args:
-        model, processor: as `mobilemm.load` gives them. Neither is changed, now or when a target changes the
-            vision module; weights are shared, not copied.
+        model, processor: as `mobilemm.load` gives them. Neither is changed; modules and weights are shared.
         image_size: side of the square that pictures are made, in pixels, for families that leave it open
             (Qwen2.5-VL); of the others, None or their own.
 
@@ -43,8 +40,8 @@ def split_model(model: Any, processor: Any, image_size: int | None = None) -> Sp
         vision = getattr(getattr(config, "vision_config", None), "model_type", None)
         inside = f" (its vision model is {vision!r})" if vision else ""
         raise MobileMMError(
-            f"model_type {config.model_type!r}{inside} cannot be exported: no family of mobilemm.export.families"
-            f" takes it apart; supported: {', '.join(FAMILIES)}"
+            f"model_type {config.model_type!r}{inside} cannot be exported: no family here takes it apart;"
+            f" supported: {', '.join(FAMILIES)}"
         )
     if model.get_output_embeddings() is None:
         raise MobileMMError(
@@ -59,16 +56,7 @@ def split_model(model: Any, processor: Any, image_size: int | None = None) -> Sp
             f" {split.num_image_tokens} placeholders; the image sizes of config.json and of the processor's"
             " settings do not belong together"
         )
-    return dataclasses.replace(split, vision=_own_modules(split.vision))
-
-
-def _own_modules(module: Any) -> Any:
-    """The same tensors in modules and parameters of their own."""
-    from torch import nn
-
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    memo |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in module.parameters()}
-    return copy.deepcopy(module, memo).eval()
+    return split
 
 
 def _num_tokens(split: SplitModel) -> int:

@@ -16,7 +16,7 @@ IMAGE_PROCESSORS = ("GotOcr2ImageProcessor",)
 
 
 class Vision(nn.Module):
-    """Normalized pixels (images, 3, height, width) → (images, tokens, text width), at the encoder's own size."""
+    """Normalized pixels (images, 3, height, width) of the encoder's size → (images, tokens, text width)."""
 
     def __init__(self, tower: Any, projector: nn.Module, config: Any) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         )
     if not isinstance(model.config.vision_feature_layer, int):
         raise MobileMMError(
-            f"internvl: vision_feature_layer {model.config.vision_feature_layer!r} is unknown to export; known:"
-            " one layer"
+            f"internvl: vision_feature_layer {model.config.vision_feature_layer!r} is unknown to export;"
+            " known: one layer"
         )
     processor = with_pillow(processor, "internvl", IMAGE_PROCESSORS, crop_to_patches=False)
     processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
@@ -71,7 +71,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
     if (image.height, image.width) != tuple(vision.image_size):
         raise MobileMMError(
             f"internvl: the image processor makes pictures of {image.height}×{image.width}, the vision model"
-            f" takes {vision.image_size[0]}×{vision.image_size[1]}; export knows them at the model's size only"
+            f" takes {vision.image_size[0]}×{vision.image_size[1]}; export knows no other size"
         )
     prefix, count, suffix = expansion(processor, model.config.image_token_id, "internvl")
     config, weights = language_model(

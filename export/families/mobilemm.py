@@ -40,12 +40,12 @@ class EncoderAndProjector(nn.Module):
 
 
 def split(model: Any, processor: Any, image_size: int | None = None) -> SplitModel:
-    """Of a `MobileMMForConditionalGeneration` and its processor. Raises MobileMMError as `split_model` does."""
+    """Of a `MobileMMForConditionalGeneration`. Raises MobileMMError as `split_model` does."""
     projector = model.projector
     if isinstance(projector, QFormerProjector) and projector.instruction:
         raise MobileMMError(
-            "projector 'qformer' with instruction=True reads the user's words beside the picture and cannot be"
-            " exported; without instruction it can"
+            "projector 'qformer' with instruction=True reads the user's words beside the picture and cannot"
+            " be exported; without instruction it can"
         )
     processor = with_pillow(processor, "mobilemm", IMAGE_PROCESSORS)
     image, mean, std = clip_tile(processor.image_processor, "mobilemm")

@@ -38,11 +38,12 @@ def with_pillow(processor: Any, family: str, known: tuple[str, ...], **settings:
 
     Raises MobileMMError for an image processor that is not one of `known`.
     """
-    given = processor.image_processor
+    given = getattr(processor, "image_processor", None)
     name = type(given).__name__.removesuffix("Fast").removesuffix("Pil")
     if name not in known:
         raise MobileMMError(
-            f"{family}: image processor {type(given).__name__} is unknown to export; known: {', '.join(known)}"
+            f"{family}: image processor {type(given).__name__} is unknown to export; known:"
+            f" {', '.join(known)}"
         )
     made = copy.copy(processor)
     made.image_processor = getattr(transformers, f"{name}Pil").from_dict({**given.to_dict(), **settings})
@@ -90,8 +91,8 @@ def clip_tile(image_processor: Any, family: str) -> Tile:
         settings = {"strategy": "stretch", "height": height, "width": width}
     else:
         raise MobileMMError(
-            f"{family}: the image processor's settings (do_pad {image_processor.do_pad}, size {size}, crop_size"
-            f" {crop or None}) are no plain stretch, pad or crop to one size, which is what export knows"
+            f"{family}: the image processor's settings (do_pad {image_processor.do_pad}, size {size},"
+            f" crop_size {crop or None}) are unknown to export; known: plain stretch, pad or crop to one size"
         )
     return tile(image_processor, family, **settings)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import pairwise
 from typing import Any
@@ -15,15 +14,16 @@ from transformers.image_utils import SizeDict
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mobilemm.errors import MobileMMError
-from mobilemm.export.families.pictures import expansion, tile
+from mobilemm.export.families.pictures import expansion, tile, with_pillow
 from mobilemm.export.families.text import language_model
 from mobilemm.export.split import SplitModel
 
 DEFAULT_IMAGE_SIZE = 448  # 256 tokens
+IMAGE_PROCESSORS = ("Qwen2VLImageProcessor",)
 
 
 class SquareImageProcessor(Qwen2VLImageProcessorPil):
-    """Qwen-VL's image processor, but every picture is stretched to a square of `size.longest_edge` pixels in all."""
+    """Qwen-VL's image processor, stretching pictures to squares of `size.longest_edge` pixels in all."""
 
     def resize(self, image: Any, size: SizeDict, resample: Any, factor: int, **kwargs: Any) -> Any:
         side = math.isqrt(size.longest_edge)
@@ -137,16 +137,16 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
     Raises MobileMMError for a size that is no multiple of a token's side, and as `split_model` does.
     """
     size = DEFAULT_IMAGE_SIZE if image_size is None else image_size
-    given, vision = processor.image_processor, model.config.vision_config
+    vision = model.config.vision_config
     token_side = vision.patch_size * vision.spatial_merge_size
     if size < token_side or size % token_side:
         raise MobileMMError(
             f"image size {size}: qwen2_5_vl takes multiples of {token_side}, such as"
             f" {max(1, round(size / token_side)) * token_side}"
         )
-    settings = {**given.to_dict(), "size": {"shortest_edge": size**2, "longest_edge": size**2}}
-    processor = copy.copy(processor)
-    processor.image_processor = SquareImageProcessor.from_dict({**settings, "do_resize": True})
+    pixels = {"shortest_edge": size**2, "longest_edge": size**2}
+    processor = with_pillow(processor, "qwen2_5_vl", IMAGE_PROCESSORS, size=pixels, do_resize=True)
+    processor.image_processor = SquareImageProcessor.from_dict(processor.image_processor.to_dict())
     side = size // token_side
     image, mean, std = tile(
         processor.image_processor,

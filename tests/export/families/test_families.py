@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -139,7 +140,7 @@ def test_text_around_a_picture(case: Any) -> None:
 
 
 def test_image_says_what_the_processor_does(case: Any) -> None:
-    """The picture prepared by hand with Pillow as the manifest's rule has it, against the processor's pixels."""
+    """The picture prepared by hand, as the manifest's rule has it, against the processor's pixels."""
     image, processor = case.split.image, case.split.processor
     size = (image.width, image.height)
     resample = PIL.Resampling[image.filter.upper()]
@@ -157,11 +158,7 @@ def test_image_says_what_the_processor_does(case: Any) -> None:
         picture = picture.crop((left, top, left + image.width, top + image.height))
     else:
         picture = picture.resize(size, resample)
-    pixels = (
-        torch.tensor(list(picture.get_flattened_data()))
-        .reshape(image.height, image.width, 3)
-        .permute(2, 0, 1)
-    )
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     mean, std = (torch.tensor(value)[:, None, None] for value in (case.split.mean, case.split.std))
     wanted = ((pixels / 255 - mean) / std)[None]
 
@@ -179,11 +176,8 @@ def test_model_and_processor_stay_as_they_were(tmp_path: Path) -> None:
     tiny.internvl(tmp_path)
     model, processor = mobilemm.load(tmp_path)
     modules, settings = str(model), processor.image_processor.to_dict()
-    split = split_model(model, processor)
-    split.vision.half()
-    split.vision.layers[0].mlp.fc1 = torch.nn.Identity()
+    split_model(model, processor)
     assert str(model) == modules
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert processor.image_processor.to_dict() == settings
     row = processor(images=[PICTURE.resize((80, 40))], text=["<IMG_CONTEXT>"])["input_ids"][0]
     assert row.count(processor.image_token_id) == 12  # two tiles and a thumbnail, 4 tokens each
@@ -237,3 +231,96 @@ def _with(model: Any, config: Any) -> Any:
     changed = copy.copy(model)
     changed.config = config
     return changed
+
+
+def test_half_precision_stays_as_it_is(official_checkpoint: Any) -> None:
+    model, processor = mobilemm.load(official_checkpoint("ldpnetv2", dtype=torch.float16).folder)
+    split = split_model(model, processor)
+    assert {weight.dtype for weight in split.text_weights.values()} == {torch.float16}
+    assert {weight.dtype for weight in split.vision.parameters()} == {torch.float16}
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        found, wanted = split.vision(pixels), model.get_image_features(pixels.half())
+    assert found.dtype == torch.float16
+    assert torch.equal(found, wanted)
+
+
+def test_bfloat16_qwen_at_its_default_size(tmp_path: Path) -> None:
+    tiny.qwen2_5_vl(tmp_path)
+    model, processor = mobilemm.load(tmp_path, dtype="bfloat16")
+    split = split_model(model, processor)
+    pixels = torch.randn(1, 3, 448, 448, generator=torch.Generator().manual_seed(0))
+    patches, *grid = transformers.Qwen2VLImageProcessor().patchify(pixels, 14, 2, 2)
+    with torch.no_grad():
+        found = split.vision(pixels)
+        (wanted,) = model.model.get_image_features(patches[0], torch.tensor([[1, *grid]])).pooler_output
+    assert found.dtype == torch.bfloat16
+    close(found[0].float(), wanted.float(), 0.05)
+
+
+def llava(vision: dict[str, Any], tokenizer: Any, **options: Any) -> Any:
+    text = {**tiny.WIDTHS, **tiny.CONTEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
+    vision = {**tiny.WIDTHS, "image_size": 28, "patch_size": 14, **vision}
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, **options
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_llavas_with_other_towers_and_projectors() -> None:
+    tokenizer = tiny.tokenizer("<image>", eos="</s>")
+    images = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_convert_rgb=True
+    )
+    processor = transformers.LlavaProcessor(images, tokenizer, 14, "full")
+    siglip = {"model_type": "siglip_vision_model"}
+    model = llava(siglip, tokenizer, vision_feature_select_strategy="full")
+    pixels = torch.randn(3, 3, 28, 28)
+    with torch.no_grad():
+        found = split_model(model, processor).vision(pixels)
+        close(found, torch.stack(model.model.get_image_features(pixels).pooler_output), 1e-5)
+
+    for options, words in (
+        ({"projector_hidden_act": "relu"}, r"a projector with activation 'relu' and bias True"),
+        ({"multimodal_projector_bias": False}, r"a projector with activation 'gelu' and bias False"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\]"),
+        ({"vision_feature_layer": -1}, r"vision_feature_layer -1"),
+    ):
+        with pytest.raises(MobileMMError, match=words + " is unknown to export; known: "):
+            split_model(llava(siglip, tokenizer, **options), processor)
+    pixtral = llava({"model_type": "pixtral"}, tokenizer)
+    with pytest.raises(
+        MobileMMError, match="vision model 'pixtral' is unknown to export; known: clip_vision"
+    ):
+        split_model(pixtral, processor)
+    images.size = {"shortest_edge": 20}
+    with pytest.raises(MobileMMError, match=r"settings \(do_pad .* are unknown to export; known: plain"):
+        split_model(llava(siglip, tokenizer), processor)
+
+
+def test_projectors_that_read_the_users_words() -> None:
+    from mobilemm.models import MobileMMConfig, MobileMMForConditionalGeneration
+
+    sizes = {**tiny.WIDTHS, "vocab_size": 99}
+    qformer = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2}
+    config = MobileMMConfig(
+        vision_config={"model_type": "clip_vision_model", **tiny.WIDTHS, "image_size": 28, "patch_size": 14},
+        text_config={"model_type": "llama", **sizes},
+        projector={"type": "qformer", "instruction": True, "vocab_size": 99, **qformer},
+    )
+    with pytest.raises(MobileMMError, match="projector 'qformer' with instruction=True"):
+        split_model(MobileMMForConditionalGeneration(config), None)
+
+
+@pytest.mark.slow
+def test_the_default_model() -> None:
+    model, processor = mobilemm.load()
+    split = split_model(model, processor)
+    assert (split.family, split.num_image_tokens, split.image.strategy) == ("mobilemm", 16, "pad")
+    assert split.text_config.tie_word_embeddings
+    assert "lm_head.weight" not in split.text_weights
+    pixels = torch.randn(2, 3, split.image.height, split.image.width)
+    with torch.no_grad():
+        close(split.vision(pixels), model.get_image_features(pixels), 1e-5)

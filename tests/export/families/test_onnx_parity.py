@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image as PIL
 
-from mobilemm.export.parts import Part, parts_of
-from mobilemm.export.targets.onnx import OnnxOptions, cache_names, export_part
+from mobilemm.export.parts import parts_of
+from mobilemm.export.targets.onnx import OnnxOptions, OnnxTarget, cache_names
+from mobilemm.export.verify import with_weights
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
-DECODED = 4  # tokens after the prompt, one at a time
+DECODED = [40, 50, 60, 70]  # said after the prompt, one at a time
 TOLERANCE = 1e-3
 
 
@@ -27,8 +28,8 @@ class Bundle:
         self.split, self.parts = split, parts_of(split)
         self.sessions = {}
         for name, part in self.parts.items():
-            path = folder / f"{name}.onnx"
-            export_part(part, filled(part), path, options)
+            files = OnnxTarget(options).write(part, with_weights(part.module, part.weights), folder).files
+            path = folder / files[0]
             self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(self, name: str, inputs: dict[str, Any]) -> list[np.ndarray]:
@@ -66,9 +67,8 @@ class Bundle:
         rows, columns = self.split.image.position_grid or (1, 1)
         found: list[tuple[int, int, int]] = []
         following = 0
-        for is_image, run in itertools.groupby(
-            [*ids, *[-1] * more], lambda one: one == self.split.image_token_id
-        ):
+        pictures = [token == self.split.image_token_id for token in ids] + [False] * more
+        for is_image, run in itertools.groupby(pictures):
             count = len(list(run))
             if not is_image:
                 found += [(following + index,) * 3 for index in range(count)]
@@ -84,36 +84,36 @@ class Bundle:
         return np.array(found).T[:, None]
 
 
-def filled(part: Part) -> Any:
-    """The part's module with its weights, in fp32."""
-    if part.weights:
-        weights = {name: tensor.float() for name, tensor in part.weights.items()}
-        part.module.load_state_dict(weights, strict=True, assign=True)
-    return part.module.float()
+@pytest.mark.slow
+def test_logits_are_transformers_own(case: Any, tmp_path: Path) -> None:
+    check(case, Bundle(case.split, tmp_path, OnnxOptions()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("standard_ops", [False, True], ids=["contrib", "standard"])
-def test_logits_are_transformers_own(case: Any, standard_ops: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["mobilevlm_v2", "internvl", "qwen2_5_vl_84"], indirect=True)
+def test_logits_in_standard_operators(case: Any, tmp_path: Path) -> None:
+    check(case, Bundle(case.split, tmp_path, OnnxOptions(standard_ops=True)))
+
+
+def check(case: Any, bundle: Bundle) -> None:
+    """Prompts with no, one and two pictures, each with an answer."""
     split, processor = case.split, case.split.processor
-    bundle = Bundle(split, tmp_path, OnnxOptions(standard_ops=standard_ops))
     noise = np.random.default_rng(0).integers(0, 256, (2, split.image.height, split.image.width, 3), np.uint8)
     for count in (0, 1, 2):
         text = f"What{processor.image_token * (count > 0)} is{processor.image_token * (count > 1)} this?"
         # Of the tile's own size: how pictures come to it is tested elsewhere.
         pictures = {"images": [PIL.fromarray(one) for one in noise[:count]]} if count else {}
         inputs = dict(processor(text=[text], return_tensors="pt", **pictures))
-        more = [9, 7, 5, 8][:DECODED]
-        wanted = transformers_logits(case.reference, inputs, more)
+        wanted = transformers_logits(case.reference, inputs, DECODED)
         pixels = noise[:count].transpose(0, 3, 1, 2)
-        found = bundle.logits(inputs["input_ids"].numpy(), pixels, more)
+        found = bundle.logits(inputs["input_ids"].numpy(), pixels, DECODED)
         for one, other in zip(found, wanted, strict=True):
             assert one.shape == tuple(other.shape)
             assert float((torch.tensor(one) - other).abs().max()) <= TOLERANCE
         # The logits are no constants, and the last picture is seen.
         if count:
             changed = np.concatenate([pixels[:-1], 255 - pixels[-1:]])
-            seen = bundle.logits(inputs["input_ids"].numpy(), changed, more)
+            seen = bundle.logits(inputs["input_ids"].numpy(), changed, DECODED)
             assert float(np.abs(seen[-1] - found[-1]).max()) > 10 * TOLERANCE
 
 

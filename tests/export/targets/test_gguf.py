@@ -140,6 +140,9 @@ def default_f16(default: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return export_gguf(default, tmp_path_factory.mktemp("gguf"), "f16", mmproj=False).llm
 
 
+SOME = 128  # positions, where fewer will do
+
+
 def kl(reference: Tensor, logits: Tensor) -> float:
     """Mean KL divergence per position, in nats."""
     wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
@@ -183,7 +186,7 @@ def test_default_model_quantized(
     path = write_gguf(default.model, default.processor, tmp_path, dtype, mmproj=False).llm
     assert path.stat().st_size / 1e6 == pytest.approx(megabytes, abs=1)
     # Its weights have been through four bits once before they came into our package, so q4_0 hurts twice.
-    assert kl(default_logits, llama_cpp_logits(path, default_ids)) < most
+    assert kl(default_logits[:SOME], llama_cpp_logits(path, default_ids[:SOME])) < most
 
 
 @pytest.mark.slow
@@ -203,7 +206,7 @@ def test_llama_quantize_takes_the_f16_file(
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert types["blk.0.ffn_up.weight"] == "Q4_0"
     assert types["token_embd.weight"] in ("Q6_K", "Q8_0")
-    assert kl(default_logits, llama_cpp_logits(path, default_ids)) < 0.5
+    assert kl(default_logits[:SOME], llama_cpp_logits(path, default_ids[:SOME])) < 0.5
 
 
 @pytest.mark.slow
