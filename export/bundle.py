@@ -21,8 +21,10 @@ from mobilemm.errors import MobileMMError, one_line
 from mobilemm.export.model_card import model_card
 from mobilemm.runtime.bundle import (
     MANIFEST,
+    MANIFEST_SHA256,
     Bundle,
     file_sha256,
+    manifest_digest,
     open_bundle,
     read_manifest,
     refuse_unlisted,
@@ -72,7 +74,7 @@ class BundleWriter:
         found = []
         for path in sorted(path for path in self.folder.rglob("*") if not path.is_dir()):
             relative = path.relative_to(self.folder).as_posix()
-            if relative == MANIFEST:
+            if relative in (MANIFEST, MANIFEST_SHA256):
                 continue
             if not re.fullmatch(PATH_PATTERN, relative) or path.is_symlink():
                 raise MobileMMError(
@@ -101,9 +103,9 @@ class BundleWriter:
             if license_text is not None:
                 (self.folder / "LICENSE").write_text(license_text, encoding="utf-8")
             manifest = _described(manifest, self.files())
-            (self.folder / MANIFEST).write_text(
-                manifest.model_dump_json(indent=1) + "\n", encoding="utf-8", newline="\n"
-            )
+            data = (manifest.model_dump_json(indent=1) + "\n").encode()
+            (self.folder / MANIFEST_SHA256).write_bytes(manifest_digest(data))
+            (self.folder / MANIFEST).write_bytes(data)
             open_bundle(self.folder)
             put_in_place(self.folder, self.destination)
         except ValidationError as error:

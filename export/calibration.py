@@ -9,16 +9,11 @@ user's text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mobilemm.data.images import open_image
 from mobilemm.errors import MobileMMError, one_line
 
 MAX_BYTES = 64 * 2**20

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.quantization import QuantizedWeight, WeightScheme, block_length
-from mobilemm.export.quantizers import check_finite, encode, find_parameters
+from mobilemm.export.quantizers import check_finite, round_to_nearest
 
 # Columns whose updates of all later columns are gathered into one matrix product.
 PANEL = 128
@@ -20,6 +20,10 @@ DAMPING = 0.01
 def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "weight") -> QuantizedWeight:
     """Codes that keep the layer's output, given what its inputs were.
 
+    Columns with large inputs come first, while there are still many behind them to make up for their errors.
+    Scales and zero points are searched for beforehand, so blocks stay blocks of neighbours; an error counts as
+    much as the inputs of its column, and what is clipped is clipped where it does little.
+
     Args:
         weight: floating point (rows, columns).
         hessian: float32 (columns, columns), XᵀX over the calibration's inputs X; left as it is.
@@ -27,51 +31,56 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "
         name: of the layer, for errors.
 
     Raises MobileMMError for NaN and infinite weights or inputs.
-    Source: Frantar et al. 2022, "GPTQ", arXiv 2210.17323, algorithm 1; scales by search, as round to nearest.
+    Source: Frantar et al. 2022, "GPTQ", arXiv 2210.17323, algorithm 1; the order of columns as in its code.
     """
     check_finite(weight, name)
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     block = block_length(scheme.block_size, columns)
-    count = -(-columns // block)
-    factor, importance = _inverse_factor(hessian, name)
-    remaining = weight.float().T.contiguous()  # a column of the weight is a row here, and lies in one piece
-    codes = torch.full((count * block, rows), 0, dtype=torch.uint8)
-    scales, zero_points = torch.empty(count, rows), torch.empty(count, rows)
+    damped = _damped(hessian, name)
+    order, factor = _order_and_factor(damped)
+    rounded = round_to_nearest(weight, scheme, importance=damped.diagonal(), name=name)
+    scales = rounded.scales.T.contiguous()
+    # What divides by a scale of 0 is a block of zeros.
+    divisors = torch.where(scales == 0, 1.0, scales)
+    if rounded.zero_points is None:
+        zero_points = torch.full_like(scales, 2 ** (scheme.bits - 1))
+    else:
+        zero_points = rounded.zero_points.T.to(torch.float32).contiguous()
+    remaining = weight.T[order].float()  # a column of the weight is a row here, and lies in one piece
+    codes = torch.zeros(scales.shape[0] * block, weight.shape[0], dtype=torch.uint8)
+    top = 2**scheme.bits - 1
+    groups = (order // block).tolist()
     for start in range(0, columns, PANEL):
         end = min(start + PANEL, columns)
-        panel, errors = remaining[start:end], torch.empty(end - start, rows)
-        for index in range(end - start):
-            column = start + index
-            group = column // block
-            if column % block == 0:
-                ahead = remaining[column : column + block].T.contiguous()
-                scales[group], zero_points[group] = find_parameters(
-                    ahead, scheme, importance=importance[column : column + block]
-                )
-            scale, zero_point = scales[group], zero_points[group]
-            code = encode(panel[index, :, None], scale, zero_point, scheme.bits)[:, 0]
-            codes[column] = code
-            errors[index] = (panel[index] - (code - zero_point) * scale) / factor[column, column]
-            panel[index + 1 :].addr_(factor[column, column + 1 : end], errors[index], alpha=-1)
-        remaining[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        panel = remaining[start:end]
+        for index, place in enumerate(range(start, end)):
+            group, column = groups[place], panel[index]
+            code = (column / divisors[group]).round_().add_(zero_points[group]).clamp_(0, top)
+            codes[order[place]] = code
+            column -= code.sub_(zero_points[group]).mul_(scales[group])
+            column /= factor[place, place]
+            panel[index + 1 :].addr_(factor[place, place + 1 : end], column, alpha=-1)
+        # The panel holds its errors now.
+        remaining[end:].addmm_(factor[start:end, end:].T, panel, alpha=-1)
+    shape = (weight.shape[0], scales.shape[0], block)
     return QuantizedWeight.from_codes(
-        codes.T.reshape(rows, count, block).contiguous(),
-        scales.T.contiguous(),
-        None if scheme.symmetric else zero_points.T.to(torch.uint8).contiguous(),
-        scheme.bits,
-        columns,
+        codes.T.reshape(shape).contiguous(), rounded.scales, rounded.zero_points, scheme.bits, columns
     )
 
 
-def _inverse_factor(hessian: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of the damped Hessian's inverse, and the Hessian's diagonal."""
+def _damped(hessian: Tensor, name: str) -> Tensor:
+    """The Hessian with a little added to its diagonal."""
     if not torch.isfinite(hessian).all():
         raise MobileMMError(f"layer {name!r}: its inputs on the calibration data are NaN or infinite")
     damped = hessian.clone()
-    diagonal = damped.diagonal()
-    mean = diagonal.mean().item()
-    # An input that is always zero says nothing of its column: it is rounded to nearest.
-    diagonal += DAMPING * mean if mean > 0 else 1.0
-    importance = diagonal.clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True), importance
+    mean = damped.diagonal().mean().item()
+    # An input that is always zero says nothing of its column: with damping alone it is rounded to nearest.
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return damped
+
+
+def _order_and_factor(damped: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns by falling size of their inputs, and the upper Cholesky factor of the inverse in that order."""
+    order = damped.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)

@@ -14,7 +14,16 @@ from typing import Any, Protocol
 
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.export.bundle import lock_folder, put_in_place, recover, refuse_occupied
-from mobilemm.runtime.bundle import MANIFEST, Bundle, file_sha256, open_bundle, open_plain, read_manifest
+from mobilemm.runtime.bundle import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    Bundle,
+    file_sha256,
+    manifest_digest,
+    open_bundle,
+    open_plain,
+    read_manifest,
+)
 from mobilemm.runtime.manifest import File, Manifest
 from mobilemm.runtime.manifest_check import LARGEST_MANIFEST, parse_manifest
 
@@ -182,6 +191,7 @@ def _fetch_all(origin: Source, staging: Path, destination: Path) -> None:
         if not _holds(staging, file):
             target.unlink()
             raise MobileMMError(f"{file.path}: did not arrive as the source's manifest says; pull again")
+    (staging / MANIFEST_SHA256).write_bytes(manifest_digest(origin.raw_manifest))
     (staging / MANIFEST).write_bytes(origin.raw_manifest)
     shutil.rmtree(staging / ".cache", ignore_errors=True)  # the hub client's
     for path in sorted(staging.rglob("*"), reverse=True):
@@ -222,11 +232,13 @@ def _push_to_hub(bundle: Bundle, repository: str, private: bool) -> str:
             for path, sha256 in files.items()
             if there.get(path) != sha256
         ]
-        operations.append(CommitOperationAdd(MANIFEST, str(bundle.folder / MANIFEST)))
+        data = (bundle.folder / MANIFEST).read_bytes()
+        operations.append(CommitOperationAdd(MANIFEST, data))
+        operations.append(CommitOperationAdd(MANIFEST_SHA256, manifest_digest(data)))
         operations += [
             CommitOperationDelete(path)
             for path in there
-            if path not in files and path != MANIFEST and not path.startswith(".")
+            if path not in files and path not in (MANIFEST, MANIFEST_SHA256) and not path.startswith(".")
         ]
         api.create_commit(repository, operations, commit_message=f"Bundle {bundle.manifest.model.name[:80]}")
     return str(url)

@@ -85,7 +85,7 @@ def quantize_decoder(
             for hidden, residual in stream.batches():
                 normed, _ = decoder.norm(hidden, residual)
                 hessian.addmm_(normed.flatten(0, 1).T, normed.flatten(0, 1))
-        _replace(decoder, "lm_head", "lm_head", scheme, hessian)
+        decoder.lm_head = quantize_linear(decoder.lm_head, scheme, "lm_head", hessian)
 
 
 @dataclass
@@ -110,7 +110,8 @@ class Stream:
         check_finite(embeddings, "calibration embeddings")
         if embeddings.shape[1] > decoder.spec.context_length:
             raise MobileMMError(
-                f"calibration rows of {embeddings.shape[1]} tokens are longer than the model's context of {decoder.spec.context_length}"
+                f"calibration rows of {embeddings.shape[1]} tokens are longer than the model's context of"
+                f" {decoder.spec.context_length}"
             )
         return cls(decoder, embeddings.float())
 
@@ -193,15 +194,14 @@ def _quantize_layer(layer: DecoderLayer, prefix: str, plan: PartPlan, stream: St
         hessians = stream.hessians(layer)
     for name, scheme in schemes.items():
         if scheme.quantized:
-            _replace(layer, name, prefix + name, scheme, hessians.get(name))
+            linear = getattr(layer, name)
+            setattr(layer, name, quantize_linear(linear, scheme, prefix + name, hessians.get(name)))
 
 
-def _replace(
-    owner: nn.Module, name: str, full_name: str, scheme: WeightScheme, hessian: Tensor | None
-) -> None:
-    linear = getattr(owner, name)
+def quantize_linear(
+    linear: nn.Linear, scheme: WeightScheme, name: str, hessian: Tensor | None = None
+) -> QuantizedLinear:
+    """A linear layer quantized by the scheme's method; `hessian` is XᵀX over its inputs, for "gptq"."""
     if scheme.method == "gptq" and hessian is not None:
-        weight = gptq(linear.weight, hessian, scheme, name=full_name)
-    else:
-        weight = quantize(linear.weight, scheme, full_name)
-    setattr(owner, name, QuantizedLinear(weight, linear.bias))
+        return QuantizedLinear(gptq(linear.weight, hessian, scheme, name=name), linear.bias)
+    return QuantizedLinear(quantize(linear.weight, scheme, name), linear.bias)

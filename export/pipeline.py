@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ class Model:
     prompt: manifest.Prompt
     tokenizer: PromptTokenizer
     digest: str
+    license: str = ""
+    license_text: str | None = None
 
 
 def open_model(source: str | None, options: ExportOptions, report: Report = lambda _: None) -> Model:
@@ -110,7 +113,22 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
         split.processor.tokenizer.backend_tokenizer, prompt, split.image_token_id, split.num_image_tokens
     )
     name = options.name or ("mobilemm-default" if source is None else Path(source).name)
-    return Model(name, split, parts, prompt, tokenizer, folder_digest(folder))
+    text = _license_text(folder)
+    return Model(name, split, parts, prompt, tokenizer, folder_digest(folder), _license(folder), text)
+
+
+def _license_text(folder: Path) -> str | None:
+    path = next((path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()), None)
+    return path.read_text(encoding="utf-8", errors="replace") if path is not None else None
+
+
+def _license(folder: Path) -> str:
+    """What the model card's front matter names as licence, if anything."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def folder_digest(folder: Path) -> str:
@@ -157,7 +175,7 @@ def export_parts(
         parity, golden = _verify(model, part, module, target, exported, work, plan, proof, options, report)
         entry = _entry(part, plan, exported, work, parity, prints[name])
         record = Record(entry, golden, time.monotonic() - start)
-        _finish(work, name, record)
+        keep_record(work, name, record)
         records[name] = record
         del module
     return records
@@ -426,7 +444,7 @@ def _entry(
     )
 
 
-def _finish(work: Path, name: str, record: Record) -> None:
+def keep_record(work: Path, name: str, record: Record) -> None:
     """Writes a part's record, when its files are there."""
     files = [Path(file).name for file in record.part.files] + [f"{name}.safetensors"]
     for file in files:

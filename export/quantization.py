@@ -7,7 +7,7 @@ each block has a scale and a zero point, and `weight = (code - zero_point) * sca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -126,6 +126,84 @@ class QuantizationPlan:
         )
 
 
+INT4_BLOCK = 128
+
+
+def make_plan(
+    llm: str = "int4",
+    *,
+    embed: str | None = None,
+    vision: str = "int8",
+    generator: str = "int8",
+    method: str | None = None,
+    block_size: int | None = None,
+    symmetric: bool = True,
+    keep: Sequence[str] = (),
+) -> QuantizationPlan:
+    """A plan from the command line's words.
+
+    `int4` alone is the recipe that ships: GPTQ at block 128, symmetric; embedding and head in 8 bits.
+    Encoders and generators are int8 per row, with activations quantized at each run.
+
+    Args:
+        llm, embed, vision, generator: "int4", "int6", "int8", "fp16" or "fp32"; `embed` left out is int8, or
+            the precision of `llm` where that is finer.
+        method: "gptq", "hqq", "rtn" or "awq" of the language model; left out, GPTQ below 8 bits.
+        block_size: 16 to 256, of the language model; left out, 128.
+        symmetric: whether the language model does without zero points.
+        keep: decoder layers that are stored otherwise, "PATTERN=BITS": "layers.0.*=8", "*.down=int8".
+
+    Raises MobileMMError naming the flag that is wrong.
+    """
+    llm_bits = _bits(llm, "--q-llm")
+    embed_bits = _bits(embed, "--q-embed") if embed is not None else max(llm_bits, 8)
+    size = INT4_BLOCK if block_size is None else block_size
+
+    def scheme(bits: Bits) -> WeightScheme:
+        if bits > 8:
+            return WeightScheme(bits, None)
+        # Eight bits lose next to nothing however they are rounded.
+        chosen = "rtn" if bits == 8 and method == "gptq" else method or ("rtn" if bits == 8 else "gptq")
+        return WeightScheme(bits, size, symmetric if bits < 8 else True, chosen)  # type: ignore[arg-type]
+
+    def encoder(word: str, flag: str) -> PartPlan:
+        bits = _bits(word, flag)
+        if bits == 8:
+            return PartPlan(WeightScheme(8, None), activations="int8")
+        return PartPlan(WeightScheme(bits, INT4_BLOCK) if bits < 8 else WeightScheme(bits, None))
+
+    table = scheme(embed_bits)
+    if table.method in ("gptq", "awq"):  # a table is looked up: it has no inputs to calibrate on
+        table = replace(table, method="rtn")
+    head = scheme(max(llm_bits, 8))  # type: ignore[arg-type]
+    exceptions = [*(_kept(text, scheme) for text in keep), ("lm_head", head)]
+    return QuantizationPlan(
+        {
+            "vision": encoder(vision, "--q-vision"),
+            "embed": PartPlan(table),
+            "decoder": PartPlan(scheme(llm_bits), tuple(exceptions)),
+            "output_projector": encoder(generator, "--q-generator"),
+            "generator": encoder(generator, "--q-generator"),
+        }
+    )
+
+
+def _kept(text: str, scheme: Callable[[Bits], WeightScheme]) -> tuple[str, WeightScheme]:
+    pattern, equals, word = (piece.strip() for piece in text.rpartition("="))
+    if not equals or not pattern or not word:
+        raise MobileMMError(f"--q-keep {text!r}: must be PATTERN=BITS, such as 'layers.0.*=8'")
+    return pattern, scheme(_bits(word, f"--q-keep {text!r}"))
+
+
+def _bits(word: str, flag: str) -> Bits:
+    if word in WORDS:
+        return WORDS[word]
+    by_number = {str(bits): bits for bits in WORDS.values()}
+    if flag.startswith("--q-keep") and word in by_number:
+        return by_number[word]
+    raise MobileMMError(f"{flag}: {word!r} is no precision; choose from {_listed(WORDS)}")
+
+
 # --- weights as they are stored --------------------------------------------------------------------------
 
 
@@ -160,10 +238,7 @@ class QuantizedWeight:
             codes = codes.clone()
             tail = columns - (blocks - 1) * block
             codes[:, -1, tail:] = 2 ** (bits - 1) if zero_points is None else zero_points[:, -1:]
-        if _stored_bits(bits) == 4:
-            packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        else:
-            packed = codes
+        packed = codes[..., 0::2] | (codes[..., 1::2] << 4) if _stored_bits(bits) == 4 else codes
         return cls(packed.contiguous(), scales, zero_points, bits, block, (rows, columns))
 
     def codes(self) -> Tensor:

@@ -17,10 +17,10 @@ from mobilemm.export.quantization import QuantizedWeight, WeightScheme, block_le
 # Weights are taken in chunks whose few temporary copies stay in a core's cache.
 CHUNK_ELEMENTS = 2**17
 
-# Parts of a block's range that are tried. Less than 1 clips the largest weights in favour of the many small ones.
+# Parts of a block's range that are tried: less than 1 clips the largest weights in favour of the many.
 RANGES = {4: tuple(1.0 - step / 24 for step in range(10)), 6: (1.0, 0.96, 0.92), 8: (1.0,)}
 
-# Of half-quadratic quantization: the norm's exponent, the penalty's start and growth, and how often it is solved.
+# Of half-quadratic quantization: the norm's exponent, the penalty's start and growth, and the iterations.
 HQQ_NORM, HQQ_PENALTY, HQQ_GROWTH, HQQ_ITERATIONS = 0.7, 10.0, 1.01, 20
 
 Parameters = tuple[Tensor, Tensor]
@@ -68,8 +68,8 @@ def round_to_nearest(
 def hqq(weight: Tensor, scheme: WeightScheme, *, name: str = "weight") -> QuantizedWeight:
     """Half-quadratic quantization: the error's l_p norm, p < 1, is minimized, so that outliers are forgiven.
 
-    The zero point (symmetric: the scale) is solved for in turns with the sparse part of the error. Zero points
-    are whole numbers at the end, because kernels take them so, and the scale is fitted once more.
+    The zero point (symmetric: the scale) is solved for in turns with the sparse part of the error. In the end
+    zero points are whole numbers, because kernels take them so, and the scale is fitted once more.
 
     Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models".
     Raises MobileMMError for NaN and infinite weights.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +16,12 @@ from mobilemm.export.decoder import Decoder, DecoderLayer, EagerCache
 from mobilemm.export.layerwise import load_parameters
 from mobilemm.export.parts import Part
 from mobilemm.runtime.manifest import Parity
+from mobilemm.runtime.self_check import MAX_DB, snr_db
 
 Array = NDArray[np.float32]
 
 # A best token whose lead over the second, in nats, is smaller than this is a near-tie: another choice is no error.
 NEAR_TIE = {32: 0.01, 16: 0.1, 8: 0.3, 4: 1.0}
-MAX_DB = 200.0
 
 
 @dataclass(frozen=True)
@@ -188,15 +187,6 @@ def cosine(a: Array, b: Array) -> float:
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     norms = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / norms if norms else float(not x.any() and not y.any())
-
-
-def snr_db(found: Array, wanted: Array) -> float:
-    """10 log10 of the wanted values' energy over the error's, at most MAX_DB."""
-    signal = float(np.square(wanted, dtype=np.float64).sum())
-    noise = float(np.square(found.astype(np.float64) - wanted).sum())
-    if noise == 0:
-        return MAX_DB
-    return -MAX_DB if signal == 0 else min(10 * math.log10(signal / noise), MAX_DB)
 
 
 def _tokens(shipped: Array, wanted: Array, near_tie: float) -> tuple[float, float, float]:

@@ -64,12 +64,14 @@ def write_gguf(
 ) -> GGUFFiles:
     """Writes `llm-DTYPE.gguf` and `mmproj-f16.gguf` (`mmproj-f32.gguf` with "f32") into a folder.
 
-    Matrices of the language model are stored as `dtype` says, vectors as f32. With "q4_0" embeddings and head
-    take 8 bits, and a matrix whose rows are no multiple of 32 stays f16. Tensors are converted one at a time,
-    each file appears when it is whole.
+    Matrices of the language model are stored as `dtype` says, vectors as f32. With "q4_0" the head, tied or
+    not, takes 8 bits; a matrix whose rows are no multiple of 32 stays f16. Tensors are converted one at a
+    time, and a file appears when it is whole.
 
     `mmproj=None` writes the second file where llama.cpp can run these parts, and logs why where it cannot;
-    False leaves it out; True makes that an error.
+    False leaves it out; True makes that an error. llama.cpp pads pictures to a square whatever the processor
+    does, and releases with its issue 25814 confuse the order of CLIP's tokens; the file is right for those
+    without.
 
     Raises MobileMMError naming the part that llama.cpp, or this writer, does not have.
     """
@@ -211,8 +213,8 @@ def language_model_file(model: MobileMMForConditionalGeneration, processor: Any,
         if name is None:
             raise MobileMMError(f"GGUF: llama.cpp's llama has no place for the tensor {ours!r}")
         module = ours.split(".")[-2]
-        outer = module in ("embed_tokens", "lm_head")
-        storage = _storage(tensor, Storage.Q8_0 if outer and dtype == "q4_0" else STORAGE[dtype])
+        is_head = module == "lm_head" or (tied and module == "embed_tokens")
+        storage = _storage(tensor, Storage.Q8_0 if is_head and dtype == "q4_0" else STORAGE[dtype])
         entries.append(Entry(name, tensor, storage, rotary.get(module, 0)))
     return GGUFFile(writer, entries)
 

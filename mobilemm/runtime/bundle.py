@@ -20,6 +20,8 @@ from mobilemm.runtime.manifest import Manifest
 from mobilemm.runtime.manifest_check import AGAIN, LARGEST_MANIFEST, parse_manifest, shown
 
 MANIFEST = "manifest.json"
+# Beside it, as of `sha256sum manifest.json`: what tells a damaged manifest from another one.
+MANIFEST_SHA256 = "manifest.json.sha256"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,10 @@ def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The checked `manifest.json` of a folder; its files are not looked at. Raises MobileMMError."""
+    """The checked `manifest.json` of a folder; the files it lists are not looked at.
+
+    Where there is a `manifest.json.sha256`, it must agree. Raises MobileMMError.
+    """
     if not folder.is_dir():
         raise MobileMMError(f"{folder}: there is no such folder; give the folder of a bundle")
     if not os.path.lexists(folder / MANIFEST):
@@ -102,7 +107,20 @@ def read_manifest(folder: Path) -> Manifest:
         )
     with open_plain(folder, MANIFEST) as opened:
         data = opened.read(LARGEST_MANIFEST + 1)
-    return parse_manifest(data, folder / MANIFEST)
+    manifest = parse_manifest(data, folder / MANIFEST)
+    if os.path.lexists(folder / MANIFEST_SHA256):
+        with open_plain(folder, MANIFEST_SHA256) as opened:
+            if opened.read(200) != manifest_digest(data):
+                raise MobileMMError(
+                    f"{folder / MANIFEST}: damaged or changed: its SHA-256 is not what {MANIFEST_SHA256}"
+                    f" says; {AGAIN}"
+                )
+    return manifest
+
+
+def manifest_digest(data: bytes) -> bytes:
+    """What `manifest.json.sha256` holds for a manifest of these bytes."""
+    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def open_plain(folder: Path, relative: str) -> BufferedReader:
@@ -143,7 +161,7 @@ def file_sha256(folder: Path, relative: str) -> str:
 
 def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
     """Raises MobileMMError when something lies in the folder that its manifest does not list."""
-    listed = {MANIFEST, *(file.path for file in manifest.files)}
+    listed = {MANIFEST, MANIFEST_SHA256, *(file.path for file in manifest.files)}
     parents = {str(parent) for path in listed for parent in Path(path).parents}
     for relative in _entries(folder, ""):
         if relative not in listed and relative not in parents:

@@ -76,9 +76,9 @@ class Part(Strict):
     inputs: Annotated[list[Tensor], Field(min_length=1)]
     outputs: Annotated[list[Tensor], Field(min_length=1)]
     quantization: Quantization
-    bytes: Annotated[int, Field(ge=1)]
-    parameters: Annotated[int, Field(ge=0)]
-    peak_memory: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=1, lt=2**50)]
+    parameters: Annotated[int, Field(ge=0, lt=2**50)]
+    peak_memory: Annotated[int, Field(ge=0, lt=2**50)]
     # Hash of all that the part was made from; a new export takes the part over when it is the same.
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     parity: Parity | None = None

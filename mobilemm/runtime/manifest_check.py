@@ -137,7 +137,7 @@ def _file_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for index, file in enumerate(manifest.files):
         key = f"files.{index}.path"
         folded = unicodedata.normalize("NFC", file.path).casefold()
-        if folded == "manifest.json":
+        if folded in ("manifest.json", "manifest.json.sha256"):
             yield key, "the manifest cannot list itself"
         if folded in listed:
             yield key, f"{shown(file.path)} and {shown(listed[folded])} are one file on some phones"

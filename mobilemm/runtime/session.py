@@ -105,6 +105,7 @@ class Session:
             bundle.path(prompt.tokenizer), prompt, model.image_token_id, model.num_image_tokens
         )
         self.stats: Stats | None = None
+        self.answer_ids: list[int] = []  # of the last answer, its end token apart
         self._decoder: Decoder | None = None
         self._features: OrderedDict[str, Array] = OrderedDict()
         # What the cache holds: ids, perhaps more of them than the decoder has taken in; and pictures.
@@ -180,11 +181,13 @@ class Session:
         sampler = Sampler(self.sampling)
         text = TextStream(self.tokenizer.decode, self.manifest.prompt.stop)
         seen = list(ids)
+        self.answer_ids = []
         token = sampler(logits, seen)
         stats.ttft = time.perf_counter() - begun
         most = min(self.sampling.max_new_tokens, room)
         while token not in self.manifest.model.eos_token_ids:
             seen.append(token)
+            self.answer_ids.append(token)
             stats.new_tokens += 1
             if piece := text.put(token):
                 yield piece

@@ -1,4 +1,4 @@
-"""Conversations with bundles: the answers are PyTorch's, whatever the cache, an interruption or an error did."""
+"""Conversations with bundles: answers are PyTorch's, whatever the cache, an interruption, an error did."""
 
 from __future__ import annotations
 
@@ -146,11 +146,12 @@ def test_families(build: Any, tmp_path: Path) -> None:
     """Against transformers' `generate`, through the processor that takes one tile a picture."""
     build(tmp_path / "model")
     model, processor = mobilemm.load(tmp_path / "model")
-    processor = split_model(model, processor).processor
     bundle = open_bundle(write_bundle(model, processor, tmp_path / "bundle"))
     session = Session(bundle, OnnxBackend(bundle, 1), Sampling(8))
     lines = [RED, "What is this?", "And why?", GRADIENT, BLUE, "Which is blue?"]
-    assert ask(session, *lines) == ask(ChatSession(model, processor, Sampling(8)), *lines)
+    assert ask(session, *lines) == ask(
+        ChatSession(model, split_model(model, processor).processor, Sampling(8)), *lines
+    )
 
 
 def test_positions_in_three_dimensions(tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_a_stream_closed_by_ctrl_c(session: Session) -> None:
     assert fresh(session).reply("And why?") == session.reply("And why?")
 
 
-@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize("step", [0, 5, 9])
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_an_interruption_within_a_step(bundle: Bundle, step: int, when: str) -> None:
     """Ctrl-C while the runtime works: the step may have been done or not."""

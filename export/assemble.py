@@ -1,0 +1,200 @@
+"""Finished parts, tokenizer, prompt and proof → one bundle."""
+
+from __future__ import annotations
+
+import io
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image as PIL
+
+from mobilemm.errors import MobileMMError
+from mobilemm.export.bundle import BundleWriter, recover
+from mobilemm.export.calibration import read_calibration
+from mobilemm.export.pipeline import (
+    ExportOptions,
+    Model,
+    Record,
+    Report,
+    created_by,
+    export_parts,
+    fingerprints,
+    keep_record,
+    open_model,
+)
+from mobilemm.export.targets import Target
+from mobilemm.runtime import manifest
+from mobilemm.runtime.backends import open_backend
+from mobilemm.runtime.bundle import Bundle, open_bundle
+from mobilemm.runtime.sampling import Sampling
+from mobilemm.runtime.self_check import runtime_version
+from mobilemm.runtime.session import Session
+
+QUESTION = "What is in this picture?"
+ANSWER_TOKENS = 24
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Result:
+    """An export that is done: the bundle, and what its table shows."""
+
+    bundle: Bundle
+    records: dict[str, Record]
+
+
+def export_bundle(
+    source: str | None,
+    target: Target,
+    destination: Path,
+    options: ExportOptions,
+    *,
+    overwrite: bool = False,
+    report: Report = lambda _: None,
+) -> Result:
+    """A checkpoint (None: the default model) → a verified bundle at `destination`.
+
+    Finished parts are kept beside it, in a hidden folder, until the bundle is whole: a broken export goes on
+    where it stopped. With `overwrite`, parts of the bundle that is there are taken over when they were made
+    from the same.
+
+    Raises MobileMMError for whatever cannot be read, expressed or verified; nothing is at `destination` then,
+    or what was there before.
+    """
+    destination = Path(destination)
+    with BundleWriter(destination, overwrite=overwrite):
+        pass  # refuses an occupied place before anything is computed
+    model = open_model(source, options, report)
+    work = destination.with_name(f".{destination.name}.parts")
+    prints = fingerprints(model, target, options)
+    if destination.is_dir():
+        _take_over(destination, work, prints)
+    records = export_parts(model, target, options, work, report)
+    report("assembling")
+    with BundleWriter(destination, overwrite=overwrite) as writer:
+        folder = writer.folder
+        (folder / "parts").mkdir()
+        (folder / "golden").mkdir()
+        for name, record in records.items():
+            for file in record.part.files:
+                if not (folder / file).exists():
+                    shutil.copyfile(work / Path(file).name, folder / file)
+            if record.golden is not None:
+                shutil.copyfile(work / f"{name}.safetensors", folder / record.golden.file)
+        write_tokenizer(model, folder)
+        draft = describe(model, target, records)
+        for path, text in target.companions(draft).items():
+            (folder / path).write_text(text, encoding="utf-8")
+        draft = draft.model_copy(
+            update={"conversations": [_converse(model, folder, draft, options)], "files": writer.files()}
+        )
+        bundle = writer.finish(draft, model.license_text)
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(bundle, records)
+
+
+def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:
+    """The manifest, but for its files and conversation."""
+    split, decoder = model.split, model.parts["decoder"]
+    spec = decoder.module.spec
+    text = split.text_config
+    eos = text.eos_token_id
+    eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []
+    tokenizer_eos = getattr(split.processor.tokenizer, "eos_token_id", None)
+    if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
+        eos_ids.append(tokenizer_eos)
+    pad = text.pad_token_id
+    return manifest.Manifest(
+        schema_version=1,
+        created_by={**created_by(), **runtime_version(target.name), "machine": platform.machine()},
+        target=target.name,
+        runtime=target.runtime,
+        model=manifest.ModelCard(
+            name=model.name,
+            family=split.family,
+            license=model.license,
+            context_length=spec.context_length,
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            num_layers=spec.num_layers,
+            num_attention_heads=spec.num_attention_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
+            num_image_tokens=split.num_image_tokens,
+            image_token_id=split.image_token_id,
+            bos_token_id=text.bos_token_id,
+            eos_token_ids=eos_ids,
+            pad_token_id=pad if pad is not None and pad >= 0 else (eos_ids or [0])[0],
+        ),
+        parts={name: record.part for name, record in records.items()},
+        image=split.image,
+        prompt=model.prompt,
+        golden=[record.golden for record in records.values() if record.golden is not None],
+        conversations=[],
+        files=[manifest.File(path="manifest.json", bytes=0, sha256="0" * 64)],
+    )
+
+
+def write_tokenizer(model: Model, folder: Path) -> None:
+    """tokenizer.json, and what other runtimes read beside it."""
+    tokenizer = model.split.processor.tokenizer
+    (folder / model.prompt.tokenizer).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for name in TOKENIZER_FILES:
+            if (Path(temporary) / name).is_file():
+                shutil.copyfile(Path(temporary) / name, folder / name)
+        template = getattr(model.split.processor, "chat_template", None)
+        if isinstance(template, str) and not (folder / "chat_template.jinja").exists():
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _converse(
+    model: Model, folder: Path, draft: manifest.Manifest, options: ExportOptions
+) -> manifest.GoldenConversation:
+    """One whole conversation with the bundle that is being made, in greedy decoding."""
+    picture = next((file for sample in read_calibration(options.calibration) for file in sample.files), None)
+    if picture is None:
+        image = PIL.new("RGB", (model.split.image.width, model.split.image.height), (200, 30, 30))
+    else:
+        image = PIL.open(io.BytesIO(picture.read_bytes())).convert("RGB")
+        image.thumbnail((512, 512))
+    path = "golden/picture.png"
+    image.save(folder / path)
+    stubs = [
+        manifest.File(path=str(file.relative_to(folder)), bytes=0, sha256="0" * 64)
+        for file in folder.rglob("*")
+        if file.is_file()
+    ]
+    bundle = Bundle(folder, draft.model_copy(update={"files": stubs}))
+    session = Session(bundle, open_backend(bundle), Sampling(max_new_tokens=ANSWER_TOKENS))
+    session.look_at(folder / path)
+    answer = session.reply(QUESTION)
+    ids = session.tokenizer.encode(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    )
+    return manifest.GoldenConversation(
+        image=path, prompt=QUESTION, input_ids=ids, answer_ids=session.answer_ids, answer=answer
+    )
+
+
+def _take_over(destination: Path, work: Path, prints: dict[str, str]) -> None:
+    """Copies parts of the bundle that is there, where they were made from the same, as if just finished."""
+    with suppress(MobileMMError):
+        recover(destination)
+        old = open_bundle(destination)
+        golden: Sequence[manifest.Golden] = old.manifest.golden
+        for name, part in old.manifest.parts.items():
+            vectors = next((one for one in golden if one.part == name), None)
+            if part.fingerprint != prints.get(name) or vectors is None or (work / f"{name}.json").exists():
+                continue
+            work.mkdir(parents=True, exist_ok=True)
+            for file in part.files:
+                shutil.copyfile(old.path(file), work / Path(file).name)
+            shutil.copyfile(old.path(vectors.file), work / f"{name}.safetensors")
+            keep_record(work, name, Record(part, vectors))

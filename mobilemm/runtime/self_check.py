@@ -1,0 +1,101 @@
+"""The bundle's own proof: golden vectors and a conversation, run on whatever runs the bundle here. No torch."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from mobilemm.errors import MobileMMError, one_line
+from mobilemm.runtime.backends import Backend
+from mobilemm.runtime.bundle import Bundle
+from mobilemm.runtime.sampling import Sampling
+from mobilemm.runtime.session import Session
+
+RUNTIMES = {"onnx": "onnxruntime", "coreml": "coremltools", "executorch": "executorch"}
+
+# Where the same runtime ran on the same kind of processor, only the order of additions may differ.
+SAME_RUNTIME_DB = 80.0
+MAX_DB = 200.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: `part` names a part, or "conversation"."""
+
+    part: str
+    passed: bool
+    text: str
+
+
+def self_check(bundle: Bundle, backend: Backend) -> Iterator[Check]:
+    """Runs each part on its golden vectors, then the conversation.
+
+    A part must come as close to the vectors as their file says. On the runtime and kind of processor that made
+    them it must be the same to SAME_RUNTIME_DB, so that even one changed weight shows.
+    """
+    here = {**runtime_version(bundle.manifest.target), "machine": platform.machine()}
+    same = all(bundle.manifest.created_by.get(key) == value for key, value in here.items())
+    for golden in bundle.manifest.golden:
+        floor = max(golden.floor_db, SAME_RUNTIME_DB) if same else golden.floor_db
+        try:
+            found = _run(bundle, backend, golden.part, golden.file)
+        except MobileMMError as error:
+            yield Check(golden.part, False, one_line(error))
+            continue
+        verdict = "as when it was made" if found >= floor else f"at least {floor:.0f} dB is wanted"
+        yield Check(golden.part, found >= floor, f"{found:.1f} dB to its golden vectors, {verdict}")
+    for conversation in bundle.manifest.conversations:
+        sampling = Sampling(max_new_tokens=max(1, len(conversation.answer_ids)))
+        session = Session(bundle, backend, sampling)
+        if conversation.image is not None:
+            session.look_at(bundle.path(conversation.image))
+        answer = session.reply(conversation.prompt)
+        if answer == conversation.answer:
+            yield Check("conversation", True, f"answers as when it was made: {answer!r}")
+        else:
+            # On another machine a near-tie may fall otherwise; the vectors above tell whether that is all.
+            text = f"answers {answer!r}; when it was made it was {conversation.answer!r}"
+            yield Check("conversation", not same, text)
+
+
+def _run(bundle: Bundle, backend: Backend, part: str, file: str) -> float:
+    """Signal-to-noise ratio in dB of a part's outputs against its golden vectors."""
+    tensors = load_file(bundle.path(file))
+    inputs = {name[7:]: value for name, value in tensors.items() if name.startswith("inputs.")}
+    wanted = {name[8:]: value for name, value in tensors.items() if name.startswith("outputs.")}
+    if part == "decoder":
+        logits = backend.decoder().decode(inputs["inputs_embeds"], inputs.get("position_ids"))
+        found = {"logits": logits}
+    else:
+        found = backend.run(part, inputs)
+    missing = wanted.keys() - found.keys()
+    if missing or not wanted:
+        raise MobileMMError(f"{bundle.path(file)}: no output {', '.join(sorted(missing)) or 'at all'}")
+    return min(snr_db(found[name], value) for name, value in wanted.items())
+
+
+def snr_db(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """10 log10 of the wanted values' energy over the error's, within ±MAX_DB; -MAX_DB for another shape or NaN."""
+    if found.shape != wanted.shape or not np.isfinite(found).all():
+        return -MAX_DB
+    signal = float(np.square(wanted, dtype=np.float64).sum())
+    noise = float(np.square(found.astype(np.float64) - wanted).sum())
+    if noise == 0:
+        return MAX_DB
+    return -MAX_DB if signal == 0 else max(-MAX_DB, min(10 * math.log10(signal / noise), MAX_DB))
+
+
+def runtime_version(target: str) -> dict[str, str]:
+    """The runtime of a target and its installed version, as `created_by` has it."""
+    name = RUNTIMES[target]
+    try:
+        return {name: version(name)}
+    except PackageNotFoundError:
+        return {}
