@@ -31,10 +31,13 @@ from mobilemm.export.targets import Target
 from mobilemm.runtime import manifest
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
+from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.self_check import runtime_version
 from mobilemm.runtime.session import Session
 
+# Beyond this fp32 copies for a comparison of answers would take more memory than the export itself.
+MAX_PARAMETERS_TO_RUN = 400_000_000
 QUESTION = "What is in this picture?"
 ANSWER_TOKENS = 24
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -42,10 +45,16 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_tem
 
 @dataclass(frozen=True)
 class Result:
-    """An export that is done: the bundle, and what its table shows."""
+    """An export that is done: the bundle, and what its table shows.
+
+    `pytorch_answer` is what the checkpoint in fp32 answers in the bundle's golden conversation, None where
+    the model is too large to be run beside the export.
+    """
 
     bundle: Bundle
     records: dict[str, Record]
+    pytorch_answer: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export_bundle(
@@ -95,7 +104,8 @@ def export_bundle(
         )
         bundle = writer.finish(draft, model.license_text)
     shutil.rmtree(work, ignore_errors=True)
-    return Result(bundle, records)
+    answer = _pytorch_answer(model, bundle) if options.verify else None
+    return Result(bundle, records, answer)
 
 
 def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:
@@ -181,6 +191,19 @@ def _converse(
     return manifest.GoldenConversation(
         image=path, prompt=QUESTION, input_ids=ids, answer_ids=session.answer_ids, answer=answer
     )
+
+
+def _pytorch_answer(model: Model, bundle: Bundle) -> str | None:
+    """What the checkpoint itself answers in the bundle's conversation, in fp32 by transformers' `generate`."""
+    if sum(parameter.numel() for parameter in model.torch_model.parameters()) > MAX_PARAMETERS_TO_RUN:
+        return None
+    (conversation,) = bundle.manifest.conversations
+    session = ChatSession(
+        model.torch_model.float(), model.split.processor, Sampling(max_new_tokens=ANSWER_TOKENS)
+    )
+    if conversation.image is not None:
+        session.look_at(bundle.path(conversation.image))
+    return session.reply(conversation.prompt)
 
 
 def _take_over(destination: Path, work: Path, prints: dict[str, str]) -> None:

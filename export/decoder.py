@@ -1,4 +1,4 @@
-"""The decoder, written once for export. How keys and values are kept is an object that the target hands in."""
+"""The decoder, written once for export. How keys and values are kept is what the target hands in."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ class Cache(Protocol):
     """A target's way of keeping keys and values."""
 
     def attend(self, attention: Attention, qkv: Tensor, rotary: Rotary | None) -> Tensor:
-        """Packed queries, keys and values (batch, length, (heads + 2 · kv heads) · head_dim), before rotation →
-        attention's output (batch, length, heads · head_dim). Keys and values are appended to the cache."""
+        """Attention's output; keys and values are appended to the cache.
+
+        Shapes: packed queries, keys and values (batch, length, (heads + 2 · kv heads) · head_dim), before
+        rotation → (batch, length, heads · head_dim).
+        """
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """Adds a block's output to the residual stream, and normalizes: x, residual → norm(x + residual), x + residual."""
+    """Adds a block's output to the residual stream: x, residual → norm(x + residual), x + residual."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed → normed queries (batch, length, heads, head_dim), keys and values (…, kv heads, head_dim)."""
+        """Packed → normed queries (batch, length, heads, head_dim), keys, values (…, kv heads, head_dim)."""
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(sizes, -1))
         if self.q_norm is not None and self.k_norm is not None:
@@ -163,7 +166,9 @@ class Decoder(nn.Module):
             hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
         return self.logits(hidden, residual, logits_positions)
 
-    def logits(self, hidden: Tensor, residual: Tensor | None, logits_positions: Tensor | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, residual: Tensor | None, logits_positions: Tensor | None = None
+    ) -> Tensor:
         """The last layer's output → logits, at the positions asked for."""
         normed, _ = self.norm(hidden, residual)
         if logits_positions is not None:
@@ -193,7 +198,9 @@ def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         # ONNX's Gather counts from the end by itself; PyTorch's index would export to more nodes.
         shape = (hidden.shape[0], positions.shape[0], hidden.shape[2])
-        return torch.onnx.ops.symbolic("Gather", [hidden, positions], {"axis": 1}, dtype=hidden.dtype, shape=shape)
+        return torch.onnx.ops.symbolic(
+            "Gather", [hidden, positions], {"axis": 1}, dtype=hidden.dtype, shape=shape
+        )
     return hidden[:, positions]
 
 

@@ -16,7 +16,7 @@ GEMMA_LIKE = ("gemma", "gemma2", "gemma3_text")
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Frequencies of a rotary position embedding: (head_dim / 2,), and the factor on its cosines and sines."""
+    """Frequencies of rotary positions, (head_dim / 2,), and the factor on their cosines and sines."""
 
     inverse_frequencies: Tensor
     scaling: float
@@ -84,14 +84,18 @@ def decoder_spec(config: Any, context_length: int | None = None) -> DecoderSpec:
     gemma = kind in GEMMA_LIKE
     for key, plain in (("pretraining_tp", 1), ("use_bidirectional_attention", False), ("num_experts", None)):
         if getattr(config, key, None) not in (None, plain):
-            raise MobileMMError(f"language model {kind!r}: {key} {getattr(config, key)!r} is unknown to export")
+            raise MobileMMError(
+                f"language model {kind!r}: {key} {getattr(config, key)!r} is unknown to export"
+            )
     name = getattr(config, "hidden_activation", None) if gemma else config.hidden_act
     name = name or getattr(config, "hidden_act", None) or "gelu_pytorch_tanh"
     if gemma and name == "gelu":
         name = "gelu_pytorch_tanh"  # as transformers reads Gemma's first configs
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise MobileMMError(f"language model {kind!r}: activation {name!r} is unknown to export; known: {known}")
+        raise MobileMMError(
+            f"language model {kind!r}: activation {name!r} is unknown to export; known: {known}"
+        )
     longest = int(config.max_position_embeddings)
     if context_length is not None and context_length > longest:
         raise MobileMMError(f"context length {context_length}: this language model has {longest} positions")
@@ -146,9 +150,7 @@ def _layer(config: Any, index: int, table_of: dict[str, int], length: int) -> La
     return LayerSpec(rope, window if slides and window is not None and window < length else None)
 
 
-def _ropes(
-    config: Any, length: int
-) -> tuple[tuple[RopeTable, ...], dict[str, int], tuple[int, ...] | None]:
+def _ropes(config: Any, length: int) -> tuple[tuple[RopeTable, ...], dict[str, int], tuple[int, ...] | None]:
     """Rope tables, which kind of layer uses which, and M-RoPE's sections."""
     parameters = config.rope_parameters
     by_kind = {name: value for name, value in parameters.items() if name.endswith("_attention")}
@@ -166,7 +168,9 @@ def _table(config: Any, parameters: dict[str, Any], length: int, kind: str | Non
 
     name = parameters.get("rope_type", "default")
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
-        raise MobileMMError(f"language model {config.model_type!r}: partial rotary embeddings are unknown to export")
+        raise MobileMMError(
+            f"language model {config.model_type!r}: partial rotary embeddings are unknown to export"
+        )
     if name in ("default", "mrope"):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

@@ -16,7 +16,7 @@ from mobilemm.export.split import SplitModel
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Keys and values that a part keeps from call to call: per layer (batch, kv heads, positions, head_dim)."""
+    """Keys and values that a part keeps between calls: per layer (batch, kv heads, positions, head_dim)."""
 
     num_layers: int
     num_key_value_heads: int

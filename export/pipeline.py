@@ -1,4 +1,4 @@
-"""A checkpoint in, a bundle out: parts × target, quantized by one plan, verified, and put in place when whole."""
+"""A checkpoint, part by part: quantized by one plan, written by a target, verified, kept when it is done."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from mobilemm.export.quantization import (
     QuantizedWeight,
 )
 from mobilemm.export.quantizers import quantize
+from mobilemm.export.sensitivity import measure_damage, spend
 from mobilemm.export.split import SplitModel
 from mobilemm.export.targets import Exported, Target
 from mobilemm.runtime import manifest
@@ -58,11 +59,12 @@ class ExportOptions:
 
     Attributes:
         plan: how each part's weights are stored.
-        context_length: longest conversation in tokens, pictures included; None for the model's own, up to 8192.
+        context_length: longest conversation in tokens, pictures included; None: the model's, at most 8192.
         image_size: side of the pictures, for families that leave it open.
         calibration: JSON of conversations that methods with data look at; None for the set that ships.
         verify: compare each part with PyTorch, and stop when one is below its floor.
         name: of the model, in the manifest; None for its folder's.
+        budget: bytes that the language model may take; the layers that suffer most get 8 bits. None: by plan.
     """
 
     plan: QuantizationPlan = field(default_factory=QuantizationPlan)
@@ -71,6 +73,7 @@ class ExportOptions:
     calibration: Path | None = None
     verify: bool = True
     name: str | None = None
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,13 @@ class Model:
     prompt: manifest.Prompt
     tokenizer: PromptTokenizer
     digest: str
+    torch_model: Any
     license: str = ""
     license_text: str | None = None
 
 
 def open_model(source: str | None, options: ExportOptions, report: Report = lambda _: None) -> Model:
-    """Loads a checkpoint, its weights mapped from disk, and takes it apart. Raises MobileMMError as `load` does."""
+    """Loads a checkpoint, its weights mapped from disk, and takes it apart. Raises MobileMMError."""
     from mobilemm.models.checkpoints import load
     from mobilemm.models.checkpoints.default import default_model_folder
     from mobilemm.models.checkpoints.reading import resolve_folder
@@ -114,7 +118,9 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
     )
     name = options.name or ("mobilemm-default" if source is None else Path(source).name)
     text = _license_text(folder)
-    return Model(name, split, parts, prompt, tokenizer, folder_digest(folder), _license(folder), text)
+    return Model(
+        name, split, parts, prompt, tokenizer, folder_digest(folder), loaded.model, _license(folder), text
+    )
 
 
 def _license_text(folder: Path) -> str | None:
@@ -164,9 +170,8 @@ def export_parts(
             continue
         start = time.monotonic()
         part = model.parts[name]
-        plan = options.plan.part(name)
         report(f"{name}: quantizing")
-        module = _quantized(model, part, options, samples, tables, report)
+        module, plan = _quantized(model, part, options, samples, tables, report)
         report(f"{name}: converting")
         # The record goes first and comes last: without it, what lies here counts for nothing.
         (work / f"{name}.json").unlink(missing_ok=True)
@@ -194,6 +199,7 @@ def fingerprints(model: Model, target: Target, options: ExportOptions) -> dict[s
             target.fingerprint,
             name,
             repr(plan),
+            repr(options.budget),
             repr({key: (value.shape, value.dtype) for key, value in part.inputs.items()}),
             repr(getattr(part.module, "spec", None) and part.module.spec.context_length),  # type: ignore[union-attr]
             repr(options.verify),
@@ -214,8 +220,8 @@ def _quantized(
     samples: Sequence[CalibrationSample],
     tables: dict[str, QuantizedWeight],
     report: Report,
-) -> nn.Module:
-    """The part's module with weights in it, as the plan stores them."""
+) -> tuple[nn.Module, PartPlan]:
+    """The part's module with weights as the plan stores them; and the plan, refined by measurements."""
     plan = options.plan.part(part.name)
     if isinstance(part.module, Decoder):
         with torch.device("meta"):
@@ -224,8 +230,11 @@ def _quantized(
         names = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
         _refuse_unused(part.name, plan, names)
         data = None
-        if any(needs_data(plan.scheme(name)) for name in names):
+        if options.budget is not None or any(needs_data(plan.scheme(name)) for name in names):
             data = calibration_embeddings(model, samples)
+        if options.budget is not None and data is not None:
+            report(f"{part.name}: measuring which layers suffer most")
+            plan = _spend(part, plan, data, head, options.budget, report)
         quantize_decoder(
             decoder,
             part.weights,
@@ -234,14 +243,14 @@ def _quantized(
             head=head,
             progress=lambda name, done, total: report(f"{part.name}: quantizing {name} ({done}/{total})"),
         )
-        return decoder.eval()
+        return decoder.eval(), plan
     if part.name == "embed":
         table = _table(model, options, tables)
         module = verify.share_tensors(part.module)
         if table is None:
-            return verify.with_weights(module, part.weights)
+            return verify.with_weights(module, part.weights), plan
         module.table = QuantizedEmbedding(table)
-        return module.eval()
+        return module.eval(), plan
     module = verify.with_weights(part.module, part.weights)
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     _refuse_unused(part.name, plan, linears)
@@ -251,7 +260,26 @@ def _quantized(
             owner, _, last = name.rpartition(".")
             weight = quantize(linear.weight, scheme, f"{part.name}.{name}")
             setattr(module.get_submodule(owner), last, QuantizedLinear(weight, linear.bias))
-    return module
+    return module, plan
+
+
+def _spend(
+    part: Part, plan: PartPlan, data: Tensor, head: QuantizedWeight | None, budget: int, report: Report
+) -> PartPlan:
+    """The plan with more bits where they help most, as `--q-search` asks."""
+    decoder = part.module
+    assert isinstance(decoder, Decoder)
+    damage = measure_damage(
+        decoder,
+        part.weights,
+        plan,
+        data[:1],
+        head=head,
+        progress=lambda name, done, total: report(f"{part.name}: measuring {name} ({done}/{total})"),
+    )
+    linears = {name: child for name, child in decoder.named_modules() if isinstance(child, nn.Linear)}
+    shapes = {name: (child.out_features, child.in_features) for name, child in linears.items()}
+    return spend(plan, shapes, damage, budget)
 
 
 def _table(
@@ -273,7 +301,7 @@ def _refuse_unused(part: str, plan: PartPlan, names: Sequence[str] | Mapping[str
 
 
 def calibration_embeddings(model: Model, samples: Sequence[CalibrationSample]) -> Tensor:
-    """Input embeddings of the samples, as many as make CALIBRATION_TOKENS: (rows, CALIBRATION_LENGTH, width)."""
+    """Input embeddings of samples up to CALIBRATION_TOKENS: (rows, CALIBRATION_LENGTH, width)."""
     pieces: list[Tensor] = []
     total = 0
     for sample in samples:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from mobilemm.export.split import SplitModel
 from PIL import Image as PIL
 
 from mobilemm.data.processor import MobileMMProcessor
 from mobilemm.data.templates import IMAGE_MARK
 from mobilemm.errors import MobileMMError, one_line
+from mobilemm.export.split import SplitModel
 from mobilemm.runtime.manifest import Prompt, RenderedExample, Turn
 from mobilemm.runtime.prompt import PromptTokenizer, render, with_marks
 

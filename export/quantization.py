@@ -142,8 +142,8 @@ def make_plan(
 ) -> QuantizationPlan:
     """A plan from the command line's words.
 
-    `int4` alone is the recipe that ships: GPTQ at block 128, symmetric; embedding and head in 8 bits.
-    Encoders and generators are int8 per row, with activations quantized at each run.
+    `int4` alone is the recipe that ships: GPTQ at block 128, symmetric; the embedding, and with it a head that
+    is tied to it, in 8 bits. Encoders and generators are int8 per row, with activations quantized at each run.
 
     Args:
         llm, embed, vision, generator: "int4", "int6", "int8", "fp16" or "fp32"; `embed` left out is int8, or
@@ -175,8 +175,7 @@ def make_plan(
     table = scheme(embed_bits)
     if table.method in ("gptq", "awq"):  # a table is looked up: it has no inputs to calibrate on
         table = replace(table, method="rtn")
-    head = scheme(max(llm_bits, 8))  # type: ignore[arg-type]
-    exceptions = [*(_kept(text, scheme) for text in keep), ("lm_head", head)]
+    exceptions = [_kept(text, scheme) for text in keep]
     return QuantizationPlan(
         {
             "vision": encoder(vision, "--q-vision"),

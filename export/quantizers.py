@@ -38,7 +38,10 @@ def quantize(weight: Tensor, scheme: WeightScheme, name: str = "weight") -> Quan
     """
     if scheme.method == "hqq":
         return hqq(weight, scheme, name=name)
-    return round_to_nearest(weight, scheme, name=name)
+    # Least squared error of the weights, all columns alike, does more harm than good to a whole model: it clips
+    # the few large weights, which lie in the columns that matter. SmolLM2-135M, 4 bit, symmetric, block 128, mean
+    # KL to fp32: 0.55 with the plain range, 0.65 with the search.
+    return round_to_nearest(weight, scheme, search=False, name=name)
 
 
 def round_to_nearest(

@@ -45,8 +45,8 @@ def measure_damage(
         decoder: may lie on the meta device; is left there.
         weights: its parameters by name.
         plan: schemes by layer name; layers of 8 bits and more are not measured.
-        calibration: float32 (rows, length, hidden), input embeddings. Memory is about 4 · rows · length · hidden
-            bytes for each layer measured; 256 positions are enough to rank layers.
+        calibration: float32 (rows, length, hidden), input embeddings. Each layer measured takes another
+            4 · rows · length · hidden bytes; 256 positions are enough to rank layers.
         head: the output head where it is the embedding's table; it is not measured then.
         progress: told of each layer.
     """
@@ -114,8 +114,8 @@ def spend(
     Args:
         plan: where the search starts.
         shapes: (rows, columns) of each linear layer of the part.
-        damage: of each layer that may be raised, as `measure_damage` gives it. Errors shrink with the step, and
-            damage with its square: what is left of it at 8 bits, 1/256 of that at 4, does not count.
+        damage: of each layer that may be raised, as `measure_damage` gives it. It shrinks with the square of
+            the step: what is left of it at 8 bits, 1/256 of that at 4, does not count.
         budget: bytes of all these layers together.
 
     Raises MobileMMError when the plan as it is needs more than the budget.
@@ -123,8 +123,8 @@ def spend(
     size = sum(plan.scheme(name).nbytes(*shape) for name, shape in shapes.items())
     if size > budget:
         raise MobileMMError(
-            f"--q-search {budget / 1e6:.1f}: the plan takes {size / 1e6:.1f} MB before any layer gets more bits;"
-            " give at least that, or lower bits"
+            f"--q-search {budget / 1e6:.1f}: the plan takes {size / 1e6:.1f} MB before any layer gets more"
+            " bits; give at least that, or fewer bits"
         )
     fine: dict[str, WeightScheme] = {}
     costs: dict[str, int] = {}

@@ -20,13 +20,13 @@ from mobilemm.runtime.self_check import MAX_DB, snr_db
 
 Array = NDArray[np.float32]
 
-# A best token whose lead over the second, in nats, is smaller than this is a near-tie: another choice is no error.
+# A best token that leads by less than this, in nats, is a near-tie: another choice is no error.
 NEAR_TIE = {32: 0.01, 16: 0.1, 8: 0.3, 4: 1.0}
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a part must reach. `conversion_db` is against the same weights, the rest against fp32."""
+    """The least that a part must reach. `conversion_db`: against the same weights; the rest: fp32."""
 
     conversion_db: float
     cosine: float
@@ -68,7 +68,7 @@ def reference(part: Part, inputs: Mapping[str, Tensor]) -> Tensor:
 def decoder_reference(
     part: Part, inputs: Mapping[str, Tensor], watch: Callable[[str, Tensor], None] | None = None
 ) -> Tensor:
-    """Logits of all positions, from weights that are read layer by layer; `watch` is shown each layer's sum."""
+    """Logits of all positions, weights read layer by layer; `watch` is shown each layer's sum."""
     source = part.module
     assert isinstance(source, Decoder)
     with torch.device("meta"):
@@ -102,7 +102,7 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     for name, parameter in list(filled.named_parameters()):
         *path, last = name.split(".")
         owner = filled.get_submodule(".".join(path))
-        value = weights[name] if name in weights else parameter
+        value = weights.get(name, parameter)
         setattr(owner, last, nn.Parameter(value.detach().float(), requires_grad=False))
     for name, buffer in list(filled.named_buffers()):
         *path, last = name.split(".")
@@ -142,7 +142,7 @@ def measure(
 
 
 def check(part: str, bits: int, parity: Parity, worst: Callable[[], Sequence[str]] | None = None) -> None:
-    """Raises MobileMMError when a part is below its floor, with the figure, the worst layers and the way out."""
+    """Raises MobileMMError for a part below its floor: the figure, the worst layers, the way out."""
     floors = FLOORS.get(part, FLOORS["vision"])
     floor = floors[4 if bits <= 6 else bits]
     failed = [

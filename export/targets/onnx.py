@@ -492,7 +492,7 @@ class _GatherBlockQuantized(nn.Module):
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
         _require_stored(embedding)
-        # The same bytes as a head's MatMulNBits, so that a tied table is stored once: rows padded to whole blocks.
+        # The same bytes as a head's MatMulNBits, so that a tied table is stored once: rows are padded.
         self.register_buffer("packed", embedding.packed.flatten(1))
         self.register_buffer("scales", embedding.scales)
         self.register_buffer("zero_points", _packed_zero_points(embedding))

@@ -13,18 +13,28 @@ import typer
 from mobilemm import __version__
 from mobilemm.cli.chat import chat
 from mobilemm.cli.doctor import doctor
+from mobilemm.cli.export import export
 from mobilemm.cli.inspect import inspect
+from mobilemm.cli.pull import pull
+from mobilemm.cli.push import push
+from mobilemm.cli.run import run
+from mobilemm.cli.verify import verify
 from mobilemm.errors import MobileMMError
 
 app = typer.Typer(
     name="mobilemm",
-    help="On-device multimodal LLMs: look at them, talk with them, and (with the next versions) ship them.",
+    help="On-device multimodal LLMs: look at them, talk with them, ship them to phones.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(export)
+app.command()(verify)
+app.command()(run)
 app.command()(chat)
 app.command()(inspect)
+app.command()(push)
+app.command()(pull)
 app.command()(doctor)
 
 

@@ -1,1 +1,1 @@
-"""Talking with a model on this computer."""
+"""Talking with a bundle, or with a model on PyTorch, on this computer."""

@@ -325,4 +325,4 @@ class _PartCheck:
 
 
 def _quantizes(op_type: str) -> bool:
-    return any(word in op_type for word in ("Quantize", "NBits", "Integer", "QLinear", "QGemm", "QAttention"))
+    return any(word in op_type.lower() for word in ("quantize", "nbits", "integer", "qlinear", "qgemm"))

@@ -101,10 +101,15 @@ def distribution(
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         ids = ids[scores >= least]
     if sampling.top_p < 1.0:
-        order = ids[np.argsort(scores[ids], kind="stable")]
-        improbable = np.cumsum(_softmax(scores[order])) <= 1 - sampling.top_p
-        improbable[-1] = False  # the likeliest always stays
-        ids = np.sort(order[~improbable])
+        probabilities = _softmax(scores[ids])
+        # Tokens below the mean share of what is cut off all go: only the others need to be sorted.
+        some = probabilities >= (1 - sampling.top_p) / len(ids)
+        some[probabilities.argmax()] = True
+        order = np.argsort(probabilities[some], kind="stable")
+        total = probabilities[~some].sum() + np.cumsum(probabilities[some][order])
+        stays = total > 1 - sampling.top_p
+        stays[-1] = True  # the likeliest always does
+        ids = np.sort(ids[some][order[stays]])
     probabilities = _softmax(scores[ids])
     if sampling.min_p > 0:
         likely = probabilities >= min(sampling.min_p, 1.0) * probabilities.max()

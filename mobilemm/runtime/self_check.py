@@ -1,4 +1,4 @@
-"""The bundle's own proof: golden vectors and a conversation, run on whatever runs the bundle here. No torch."""
+"""The bundle's own proof, golden vectors and a conversation, on whatever runs the bundle here. No torch."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Check:
 def self_check(bundle: Bundle, backend: Backend) -> Iterator[Check]:
     """Runs each part on its golden vectors, then the conversation.
 
-    A part must come as close to the vectors as their file says. On the runtime and kind of processor that made
-    them it must be the same to SAME_RUNTIME_DB, so that even one changed weight shows.
+    A part must come as close to the vectors as the manifest says. On the runtime and kind of processor that
+    made them it must be the same to SAME_RUNTIME_DB, so that even one changed weight shows.
     """
     here = {**runtime_version(bundle.manifest.target), "machine": platform.machine()}
     same = all(bundle.manifest.created_by.get(key) == value for key, value in here.items())
@@ -82,7 +82,7 @@ def _run(bundle: Bundle, backend: Backend, part: str, file: str) -> float:
 
 
 def snr_db(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """10 log10 of the wanted values' energy over the error's, within ±MAX_DB; -MAX_DB for another shape or NaN."""
+    """10 log10 of the wanted energy over the error's, within ±MAX_DB; -MAX_DB for another shape or NaN."""
     if found.shape != wanted.shape or not np.isfinite(found).all():
         return -MAX_DB
     signal = float(np.square(wanted, dtype=np.float64).sum())

@@ -132,7 +132,7 @@ try:
 except SystemExit as ended:
     assert not ended.code
 print()
-print("heavy:", sorted({{"torch", "transformers", "timm", "jinja2", "onnx"}} & set(sys.modules)))
+print("heavy:", sorted({{"torch", "transformers", "timm", "jinja2"}} & set(sys.modules)))
 print("seconds:", time.process_time())
 """
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}

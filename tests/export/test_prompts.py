@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mobilemm.export.families import split_model
-from mobilemm.export.prompts import derive_prompt
-from mobilemm.export.split import SplitModel
 from PIL import Image as PIL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -18,6 +15,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 import mobilemm
 from mobilemm.data.processor import MobileMMProcessor
 from mobilemm.errors import MobileMMError
+from mobilemm.export.families import split_model
+from mobilemm.export.prompts import derive_prompt
+from mobilemm.export.split import SplitModel
 from mobilemm.runtime.manifest import Image, Prompt, Turn
 from mobilemm.runtime.prompt import PromptTokenizer, render, with_marks
 from tests.families import conftest as tiny
@@ -166,7 +166,8 @@ LLAMA3 = (
 )
 GEMMA2 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
     "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
     "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"

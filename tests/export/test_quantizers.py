@@ -23,7 +23,9 @@ SCHEMES = [
 def random_matrix(rows: int = 48, columns: int = 160, seed: int = 0) -> Tensor:
     """Heavy tails, as trained weights have."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator) ** 2
+    return (
+        torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator) ** 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +157,15 @@ def test_gptq_matches_the_paper_s_algorithm_step_by_step() -> None:
     hessian = inputs.T @ inputs
     ours = gptq(weight.float(), hessian.float(), scheme)
     damped = hessian + torch.eye(columns, dtype=torch.float64) * 0.01 * hessian.diagonal().mean()
-    left, expected = weight.clone(), torch.zeros_like(weight)
+    order = sorted(range(columns), key=lambda i: -damped[i, i].item())
+    damped, left = damped[order][:, order], weight[:, order]
+    expected = torch.zeros_like(weight)
     scale = ours.scales.double()[:, 0]
     for i in range(columns):
         code = (left[:, i] / scale).round().add(8).clamp(0, 15)
-        expected[:, i] = (code - 8) * scale
+        expected[:, order[i]] = (code - 8) * scale
         inverse = torch.linalg.inv(damped[i:, i:])
-        error = (left[:, i] - expected[:, i]) / inverse[0, 0]
+        error = (left[:, i] - expected[:, order[i]]) / inverse[0, 0]
         left[:, i:] -= error[:, None] * inverse[0]
     torch.testing.assert_close(ours.dequantize().double(), expected, atol=1e-6, rtol=1e-5)
 
@@ -172,9 +176,12 @@ def test_gptq_with_inputs_that_are_always_zero() -> None:
     inputs = correlated_inputs(128)
     inputs[:, 5:40] = 0
     quantized = gptq(weight, inputs.T @ inputs, scheme)
-    assert output_error(weight, quantized, inputs) < output_error(weight, round_to_nearest(weight, scheme), inputs)
+    assert output_error(weight, quantized, inputs) < output_error(
+        weight, round_to_nearest(weight, scheme), inputs
+    )
     torch.testing.assert_close(
-        gptq(weight, torch.zeros(128, 128), scheme).dequantize(), round_to_nearest(weight, scheme).dequantize()
+        gptq(weight, torch.zeros(128, 128), scheme).dequantize(),
+        round_to_nearest(weight, scheme).dequantize(),
     )
 
 

@@ -13,7 +13,8 @@ import mobilemm
 from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints import Loaded
 from mobilemm.models.checkpoints.inspection import inspect_model
-from mobilemm.runtime.session import ChatSession, Sampling
+from mobilemm.runtime.pytorch import ChatSession
+from mobilemm.runtime.sampling import Sampling
 
 RED = Image.new("RGB", (60, 40), "red")
 GRADIENT = Image.radial_gradient("L").resize((64, 64)).convert("RGB")

@@ -1,4 +1,4 @@
-"""2,000 damaged and hostile bundles, made of one that runs: each is refused in one line, before it is loaded."""
+"""2,000 damaged and hostile bundles, made of one that runs: each refused in one line, before it is loaded."""
 
 from __future__ import annotations
 
@@ -162,11 +162,6 @@ def change_a_type(rng: random.Random, manifest: Any) -> str:
     new = rng.choice(others)
     parent(manifest, path)[path[-1]] = new
     return f"{path}: {new!r}"
-
-
-REQUIRED = {
-    "manifest": [name for name, field in Manifest.model_fields.items() if field.is_required()],
-}
 
 
 def required_places(model: BaseModel, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -522,7 +517,7 @@ def misshape(rng: random.Random, model: Any, path: Path) -> str:
 
 
 def retype(rng: random.Random, model: Any, path: Path) -> str:
-    tensor = rng.choice([tensor for tensor in model.graph.initializer])
+    tensor = rng.choice(model.graph.initializer)
     sizes = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.INT64: 8, TensorProto.UINT8: 1}
     types = [
         TensorProto.STRING,

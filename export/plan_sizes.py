@@ -1,0 +1,81 @@
+"""What an export will take, before it is made: sizes by the plan, memory and time by rule of thumb."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mobilemm.export.decoder import Decoder
+from mobilemm.export.layerwise import needs_data
+from mobilemm.export.parts import Part
+from mobilemm.export.pipeline import CALIBRATION_TOKENS, ExportOptions, open_model
+from mobilemm.export.quantization import PartPlan
+from mobilemm.export.targets import Target
+
+# Measured on two cores of a server: weights rounded, and moved through calibration, a second; the rest of an
+# export (loading, converting, verifying) costs this much a part.
+ROUNDED_PER_SECOND, CALIBRATED_FLOPS = 12e6, 60e9
+SECONDS_PER_PART = 12.0
+# Interpreter, PyTorch and the exporter themselves.
+BASE_MEMORY = 0.7e9
+
+
+@dataclass(frozen=True)
+class PartEstimate:
+    """One part's parameters, its mean bits a parameter, and its bytes."""
+
+    name: str
+    parameters: int
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`peak_memory` in bytes, anonymous memory alone; `seconds` on two cores."""
+
+    parts: tuple[PartEstimate, ...]
+    peak_memory: int
+    seconds: float
+
+
+def estimate(source: str | None, target: Target, options: ExportOptions) -> Estimate:
+    """Takes the model apart and reckons, without quantizing or converting anything."""
+    model = open_model(source, options)
+    parts: list[PartEstimate] = []
+    seconds = 0.0
+    largest = 0.0
+    for name, part in model.parts.items():
+        plan = options.plan.part(name)
+        parameters, size = _size(part, plan)
+        if not parameters:
+            continue
+        parts.append(PartEstimate(name, parameters, 8 * size / parameters, size))
+        seconds += SECONDS_PER_PART
+        if plan.default.quantized:
+            seconds += parameters / ROUNDED_PER_SECOND
+        if isinstance(part.module, Decoder) and needs_data(plan.default):
+            seconds += 4 * parameters * CALIBRATION_TOKENS / CALIBRATED_FLOPS
+        # The part as it is stored, once more while it is written, and the runtime's copy when it is verified.
+        largest = max(largest, 2.2 * size)
+    return Estimate(tuple(parts), int(BASE_MEMORY + largest), seconds)
+
+
+def _size(part: Part, plan: PartPlan) -> tuple[int, int]:
+    """Parameters and bytes. A table that another part holds counts there."""
+    parameters = size = 0
+    for name, module in part.module.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not isinstance(weight, nn.Parameter):
+            continue
+        if name in part.shared and plan.scheme(name).quantized:
+            continue
+        count = weight.numel() + (module.bias.numel() if getattr(module, "bias", None) is not None else 0)
+        parameters += count
+        scheme = plan.scheme(name)
+        if scheme.quantized and isinstance(module, (nn.Linear, nn.Embedding)):
+            size += scheme.nbytes(*weight.shape) + 4 * (count - weight.numel())
+        else:
+            size += count * 4
+    return parameters, size

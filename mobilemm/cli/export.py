@@ -1,0 +1,203 @@
+"""`mobilemm export`: a checkpoint in, a verified bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mobilemm.errors import MobileMMError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mobilemm.export.assemble import Result
+    from mobilemm.export.plan_sizes import Estimate
+
+QUANTIZED = "int4, int6, int8, fp16 or fp32"
+
+
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model folder or hub id; left out, the model that ships with mobilemm."),
+    ] = None,
+    target: Annotated[
+        list[str], typer.Option("--target", "-t", help="onnx; may be given more than once.")
+    ] = ["onnx"],  # noqa: B006 (typer's own form)
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the bundle goes; left out, NAME-TARGET here.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace a bundle that is there already.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="One precision for all parts: fp32, int8 or int4.")
+    ] = None,
+    q_llm: Annotated[str | None, typer.Option("--q-llm", help=f"Language model: {QUANTIZED} [int4].")] = None,
+    q_embed: Annotated[str | None, typer.Option("--q-embed", help="Embedding table, likewise.")] = None,
+    q_vision: Annotated[
+        str | None, typer.Option("--q-vision", help="Vision encoder and projector, likewise [int8].")
+    ] = None,
+    q_method: Annotated[
+        str | None, typer.Option("--q-method", help="gptq or awq (with data), hqq or rtn (without) [gptq].")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", help="Weights that share a scale: 16 to 256.")
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="With a zero point for each block.")
+    ] = False,
+    q_keep: Annotated[
+        list[str] | None,
+        typer.Option("--q-keep", help='Decoder layers stored otherwise: "layers.0.*=8", "*.down=int8".'),
+    ] = None,
+    q_search: Annotated[
+        float | None,
+        typer.Option(
+            "--q-search",
+            metavar="MB",
+            help="Spend this much on the language model: layers that suffer most get 8 bits, as measured.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='JSON, a list of {"files": […], "messages": […]}; left out, the set that ships.'),
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option("--max-seq-len", min=16, help="Longest conversation in tokens [8192].")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=28, help="Side of the pictures, for families that leave it open.")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="Of ONNX, for decoder and embedding.")] = 21,
+    standard_ops: Annotated[
+        bool, typer.Option("--standard-ops", help="ONNX without onnxruntime's own operators.")
+    ] = False,
+    accuracy_level: Annotated[
+        int, typer.Option(help="Of MatMulNBits: 4 has activations in int8, 1 in float32.")
+    ] = 4,
+    ort_format: Annotated[
+        bool, typer.Option("--ort-format", help="Also write .ort files, for onnxruntime's minimal builds.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell parts, sizes, memory and time to expect.")
+    ] = False,
+) -> None:
+    """Quantize a model, convert it part by part, verify what was made, and bundle it for phones."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting"):
+        from mobilemm.export.pipeline import ExportOptions
+        from mobilemm.export.quantization import make_plan
+        from mobilemm.export.targets import find_target
+        from mobilemm.runtime.pytorch import quiet
+
+        quiet()
+    names = list(dict.fromkeys(target))
+    if output is not None and len(names) > 1:
+        raise MobileMMError("with several targets leave -o out: each bundle is named NAME-TARGET")
+    if dtype is not None:
+        q_llm, q_embed, q_vision = q_llm or dtype, q_embed or dtype, q_vision or dtype
+    plan = make_plan(
+        q_llm or "int4",
+        embed=q_embed,
+        vision=q_vision or "int8",
+        method=q_method,
+        block_size=block_size,
+        symmetric=not asymmetric,
+        keep=q_keep or (),
+    )
+    options = ExportOptions(
+        plan=plan,
+        context_length=max_seq_len,
+        image_size=image_size,
+        calibration=calibration,
+        verify=verify,
+        budget=None if q_search is None else int(q_search * 1e6),
+    )
+    for name in names:
+        onnx = {
+            "opset": opset,
+            "standard_ops": standard_ops,
+            "accuracy_level": accuracy_level,
+            "ort_format": ort_format,
+        }
+        chosen = find_target(name, **onnx)
+        place = output or Path(f"{Path(model).name if model else 'mobilemm-default'}-{name}")
+        with console.status("") as status:
+
+            def tell(text: str) -> None:
+                if console.is_terminal:
+                    status.update(text)
+                elif "(" not in text:  # no line for each layer
+                    console.print(text, highlight=False, soft_wrap=True)
+
+            if dry_run:
+                from mobilemm.export.plan_sizes import estimate
+
+                found = estimate(model, chosen, options)
+            else:
+                from mobilemm.export.assemble import export_bundle
+
+                result = export_bundle(model, chosen, place, options, overwrite=force, report=tell)
+        if dry_run:
+            _show_estimate(found, Console())
+        else:
+            _show(result, Console())
+
+
+def _show(result: Result, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    manifest = result.bundle.manifest
+    table = Table(title=escape(f"{result.bundle.folder}"), title_justify="left")
+    for heading in ("part", "bits", "MB", "to fp32 PyTorch", "conversion", "s"):
+        table.add_column(heading, justify="left" if heading in ("part", "to fp32 PyTorch") else "right")
+    for name, record in result.records.items():
+        part, parity = record.part, record.part.parity
+        scheme = part.quantization
+        bits = f"{scheme.bits}" + (f" / {scheme.block_size}" if scheme.block_size else "")
+        text = "not verified"
+        if parity is not None:
+            text = f"cosine {parity.cosine:.5f}, {parity.snr_db:.1f} dB"
+            if parity.top1 is not None:
+                text += f", top-1 {parity.top1:.1%}, KL {parity.kl:.2g}"
+        conversion = f"{parity.conversion_db:.0f} dB" if parity is not None else ""
+        table.add_row(name, bits, f"{part.bytes / 1e6:,.1f}", text, conversion, f"{record.seconds:.0f}")
+    total = sum(file.bytes for file in manifest.files)
+    table.add_section()
+    table.add_row("all files", "", f"{total / 1e6:,.1f}", "", "", "")
+    console.print(table)
+    for conversation in manifest.conversations:
+        console.print(
+            f"[dim]{escape(conversation.prompt)}[/]  bundle: {escape(conversation.answer)}", highlight=False
+        )
+    if result.pytorch_answer is not None:
+        same = all(one.answer == result.pytorch_answer for one in manifest.conversations)
+        console.print(
+            f"[dim]{'the same as' if same else 'otherwise than'} PyTorch:[/] {escape(result.pytorch_answer)}",
+            highlight=False,
+        )
+    for note in result.notes:
+        console.print(escape(note), highlight=False, style="dim")
+
+
+def _show_estimate(estimate: Estimate, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="to expect", title_justify="left")
+    for heading in ("part", "parameters", "bits", "MB"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in estimate.parts:
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.bits:.2f}", f"{part.bytes / 1e6:,.1f}")
+    console.print(table)
+    console.print(
+        f"about {estimate.peak_memory / 1e9:.1f} GB of memory beside what is mapped from disk, and"
+        f" {estimate.seconds / 60:.0f} to {3 * estimate.seconds / 60:.0f} minutes",
+        highlight=False,
+    )
