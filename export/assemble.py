@@ -105,7 +105,8 @@ def export_bundle(
         bundle = writer.finish(draft, model.license_text)
     shutil.rmtree(work, ignore_errors=True)
     answer = _pytorch_answer(model, bundle) if options.verify else None
-    return Result(bundle, records, answer)
+    notes = tuple(note for record in records.values() for note in record.notes)
+    return Result(bundle, records, answer, notes)
 
 
 def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:

@@ -21,8 +21,8 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "
     """Codes that keep the layer's output, given what its inputs were.
 
     Columns with large inputs come first, while there are still many behind them to make up for their errors.
-    Scales and zero points are searched for beforehand, so blocks stay blocks of neighbours; an error counts as
-    much as the inputs of its column, and what is clipped is clipped where it does little.
+    Scales and zero points are searched for beforehand, so blocks stay blocks of neighbours. In that search an
+    error counts as much as the inputs of its column, which is half of what is won over plain rounding.
 
     Args:
         weight: floating point (rows, columns).

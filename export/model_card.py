@@ -53,7 +53,7 @@ def model_card(manifest: Manifest) -> str:
         f"Needs {_plain(manifest.runtime.name)} {_plain(manifest.runtime.min_version)} or later.",
         "",
         "```",
-        "pip install mobilemm",
+        f"pip install 'mobilemm[{manifest.target}]'",
         RUN[manifest.target],
         "```",
         "",

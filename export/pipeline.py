@@ -83,6 +83,7 @@ class Record:
     part: manifest.Part
     golden: manifest.Golden | None
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -179,7 +180,7 @@ def export_parts(
         proof = proof or _Proof(model, samples)
         parity, golden = _verify(model, part, module, target, exported, work, plan, proof, options, report)
         entry = _entry(part, plan, exported, work, parity, prints[name])
-        record = Record(entry, golden, time.monotonic() - start)
+        record = Record(entry, golden, time.monotonic() - start, exported.notes)
         keep_record(work, name, record)
         records[name] = record
         del module
@@ -482,6 +483,7 @@ def keep_record(work: Path, name: str, record: Record) -> None:
             "part": record.part.model_dump(),
             "golden": record.golden.model_dump() if record.golden else None,
             "seconds": record.seconds,
+            "notes": record.notes,
             "sizes": {file: (work / file).stat().st_size for file in files},
         }
     )
@@ -507,7 +509,8 @@ def _finished(work: Path, name: str, fingerprint: str) -> Record | None:
             return None
         if golden is None:
             return None
-        return Record(part, manifest.Golden.model_validate_json(json.dumps(golden)), content["seconds"])
+        vectors = manifest.Golden.model_validate_json(json.dumps(golden))
+        return Record(part, vectors, content["seconds"], tuple(content["notes"]))
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
 

@@ -136,9 +136,17 @@ def main(target: str) -> None:
                 "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
             }
         )
-    text = json.dumps(samples, indent=1, ensure_ascii=False)
+    # A picture after every five texts: whoever stops early has seen both.
+    texts, pictures = samples[: len(QUESTIONS)], samples[len(QUESTIONS) :]
+    mixed = [
+        sample
+        for index in range(len(pictures))
+        for sample in (*texts[5 * index : 5 * index + 5], pictures[index])
+    ]
+    mixed += texts[5 * len(pictures) :]
+    text = json.dumps(mixed, indent=1, ensure_ascii=False)
     (folder / "calibration.json").write_text(text + "\n", encoding="utf-8")
-    print(f"{folder / 'calibration.json'}: {len(samples)} conversations, {len(text):,} characters")
+    print(f"{folder / 'calibration.json'}: {len(mixed)} conversations, {len(text):,} characters")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
     processor = with_pillow(processor, "fast_vlm", IMAGE_PROCESSORS)
     image, mean, std = clip_tile(processor.image_processor, "fast_vlm")
     require_size(image_size, image, "fast_vlm")
-    prefix, count, suffix = expansion(processor, model.config.image_token_id, "fast_vlm")
+    prefix, num_tokens, suffix = expansion(processor, model.config.image_token_id, "fast_vlm")
     config, weights = language_model(
         model,
         model.config.text_config,
@@ -50,7 +50,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         image=image,
         mean=mean,
         std=std,
-        num_image_tokens=count,
+        num_image_tokens=num_tokens,
         image_token_id=model.config.image_token_id,
         text_config=config,
         text_weights=weights,

@@ -73,7 +73,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
             f"internvl: the image processor makes pictures of {image.height}×{image.width}, the vision model"
             f" takes {vision.image_size[0]}×{vision.image_size[1]}; export knows no other size"
         )
-    prefix, count, suffix = expansion(processor, model.config.image_token_id, "internvl")
+    prefix, num_tokens, suffix = expansion(processor, model.config.image_token_id, "internvl")
     config, weights = language_model(
         model,
         model.config.text_config,
@@ -85,7 +85,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         image=image,
         mean=mean,
         std=std,
-        num_image_tokens=count,
+        num_image_tokens=num_tokens,
         image_token_id=model.config.image_token_id,
         text_config=config,
         text_weights=weights,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from PIL import Image as PIL
+from transformers import LlavaImageProcessorPil
 
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.runtime.manifest import Image
@@ -24,10 +25,10 @@ class Tile(NamedTuple):
 
 
 class Expansion(NamedTuple):
-    """What stands in the prompt for one picture: `prefix`, `count` placeholders, `suffix`."""
+    """What stands in the prompt for one picture: `prefix`, `num_tokens` placeholders, `suffix`."""
 
     prefix: str
-    count: int
+    num_tokens: int
     suffix: str
 
 
@@ -38,7 +39,7 @@ def with_pillow(processor: Any, family: str, known: tuple[str, ...], **settings:
 
     Raises MobileMMError for an image processor that is not one of `known`.
     """
-    given = getattr(processor, "image_processor", None)
+    given: Any = getattr(processor, "image_processor", None)
     name = type(given).__name__.removesuffix("Fast").removesuffix("Pil")
     if name not in known:
         raise MobileMMError(
@@ -81,10 +82,12 @@ def clip_tile(image_processor: Any, family: str) -> Tile:
         raise MobileMMError(f"{family}: the image processor must resize pictures (do_resize)")
     settings: dict[str, Any]
     shortest, height, width = size.get("shortest_edge"), size.get("height"), size.get("width")
-    cut = (crop.get("height", height or shortest), crop.get("width", width or shortest))
-    if shortest is not None and image_processor.do_pad and cut == (shortest, shortest):
+    cut: tuple[Any, Any] = (crop.get("height", height or shortest), crop.get("width", width or shortest))
+    side = shortest or (height if height == width else None)
+    pads = image_processor.do_pad and isinstance(image_processor, LlavaImageProcessorPil)
+    if pads and side and cut == (side, side):
         color = tuple(int(channel * 255) for channel in image_processor.image_mean)
-        settings = {"strategy": "pad", "height": shortest, "width": shortest, "pad_color": color}
+        settings = {"strategy": "pad", "height": side, "width": side, "pad_color": color}
     elif shortest is not None and not image_processor.do_pad and crop and max(cut) <= shortest:
         settings = {"strategy": "crop", "height": cut[0], "width": cut[1], "shortest_edge": shortest}
     elif height and width and not image_processor.do_pad and cut == (height, width):

@@ -25,10 +25,10 @@ IMAGE_PROCESSORS = ("Qwen2VLImageProcessor",)
 class SquareImageProcessor(Qwen2VLImageProcessorPil):
     """Qwen-VL's image processor, stretching pictures to squares of `size.longest_edge` pixels in all."""
 
-    def resize(self, image: Any, size: SizeDict, resample: Any, factor: int, **kwargs: Any) -> Any:
-        side = math.isqrt(size.longest_edge)
-        resized = SizeDict(height=side, width=side)
-        return super(Qwen2VLImageProcessorPil, self).resize(image, resized, resample)
+    def resize(self, image: Any, size: SizeDict, resample: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        side = math.isqrt(size.longest_edge or 0)
+        square = SizeDict(height=side, width=side)
+        return super(Qwen2VLImageProcessorPil, self).resize(image, square, resample)
 
 
 class Attention(nn.Module):
@@ -156,7 +156,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         strategy="stretch",
         position_grid=(side, side),
     )
-    prefix, count, suffix = expansion(processor, model.config.image_token_id, "qwen2_5_vl")
+    prefix, num_tokens, suffix = expansion(processor, model.config.image_token_id, "qwen2_5_vl")
     config, weights = language_model(
         model,
         model.config.text_config,
@@ -168,7 +168,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         image=image,
         mean=mean,
         std=std,
-        num_image_tokens=count,
+        num_image_tokens=num_tokens,
         image_token_id=model.config.image_token_id,
         text_config=config,
         text_weights=weights,

@@ -72,7 +72,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
     side = int(dict(processor.image_processor.max_image_size)["longest_edge"])
     image, mean, std = tile(processor.image_processor, family, height=side, width=side, strategy="stretch")
     require_size(image_size, image, family)
-    prefix, count, suffix = expansion(processor, model.config.image_token_id, family)
+    prefix, num_tokens, suffix = expansion(processor, model.config.image_token_id, family)
     config, weights = language_model(
         model,
         model.config.text_config,
@@ -84,7 +84,7 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         image=image,
         mean=mean,
         std=std,
-        num_image_tokens=count,
+        num_image_tokens=num_tokens,
         image_token_id=model.config.image_token_id,
         text_config=config,
         text_weights=weights,

@@ -22,12 +22,16 @@ TARGETS = ("onnx",)
 
 @dataclass(frozen=True)
 class Exported:
-    """One part as files of a target. Paths are relative to the folder that it was written to, `file` first."""
+    """One part as files of a target, by names in the folder that it was written to, what is opened first.
+
+    `notes` are for whoever exports.
+    """
 
     files: tuple[str, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     cache: Literal["shared", "concatenated"] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Target(Protocol):
@@ -47,11 +51,13 @@ class Target(Protocol):
         """Writes one part into `folder`, where the parts that it shares tables with lie already."""
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
-        """The first output of a written part on the target's runtime, a cache being empty; of a decoder the
-        logits of all positions."""
+        """The first output of a written part on the target's runtime, a cache being empty.
+
+        Of a decoder these are the logits of all positions.
+        """
 
     def companions(self, manifest: Manifest) -> dict[str, str]:
-        """Further text files that the runtime's own tools expect, derived from the manifest: path → content."""
+        """Further text files that the runtime's own tools expect: path → content."""
 
 
 def find_target(name: str, **options: Any) -> Target:

@@ -25,6 +25,7 @@ from mobilemm.export.decoder import Attention, ResidualNorm, RMSNorm, Rotary, ro
 from mobilemm.export.parts import Part
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
 from mobilemm.export.targets import Exported
+from mobilemm.export.targets.onnx_mobile import usability, write_ort
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
 from mobilemm.runtime.manifest import Manifest, Runtime
@@ -47,12 +48,14 @@ class OnnxOptions:
             encoders has a kernel.
         standard_ops: no contrib operators; the cache is then concatenated, not shared.
         accuracy_level: of MatMulNBits; 4 computes with activations in int8, 1 in float32.
+        ort_format: `NAME.ort` beside each file.
     """
 
     opset: int = 21
     vision_opset: int = 20
     standard_ops: bool = False
     accuracy_level: int = 4
+    ort_format: bool = False
 
 
 class OnnxTarget:
@@ -103,10 +106,16 @@ class OnnxTarget:
             )
         del model
         inputs, outputs = signature(path)
-        files = (path.name, *(name for name in data if (folder / name).exists()))
-        if part.cache is None:
-            return Exported(files, inputs, outputs)
-        return Exported(files, inputs, outputs, "concatenated" if self.options.standard_ops else "shared")
+        files = [path.name, *(name for name in data if (folder / name).exists())]
+        if self.options.ort_format:
+            files.append(write_ort(path).name)
+        if part.cache is not None:
+            cache: Literal["shared", "concatenated"] = (
+                "concatenated" if self.options.standard_ops else "shared"
+            )
+            return Exported(tuple(files), inputs, outputs, cache)
+        notes = (f"{part.name} on accelerators: {usability(path)}",) if part.name == "vision" else ()
+        return Exported(tuple(files), inputs, outputs, notes=notes)
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
         import onnxruntime

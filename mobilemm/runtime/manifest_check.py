@@ -110,6 +110,8 @@ def _first_error(error: ValidationError) -> str:
     key = shown(".".join(keys) or "(the whole)", 100)
     value = first.get("input")
     match first["type"]:
+        case "json_invalid":  # what Python's parser let pass: half a surrogate
+            return f"is not valid JSON ({' '.join(first['msg'].split())[:120]})"
         case "missing":
             wrong = "is missing"
         case "extra_forbidden":

@@ -193,7 +193,7 @@ def test_int4_alone_is_the_recipe_that_ships() -> None:
     plan = make_plan("int4")
     decoder = plan.part("decoder")
     assert decoder.scheme("layers.3.down") == WeightScheme(4, 128, True, "gptq")
-    assert plan.part("embed").scheme("table") == WeightScheme(8, 128, True, "rtn")
+    assert plan.part("embed").scheme("table") == WeightScheme(4, 32, True, "rtn")
     assert plan.part("vision") == PartPlan(WeightScheme(8, None), activations="int8")
 
 
@@ -221,7 +221,7 @@ def test_flags_make_the_plan() -> None:
 def test_words(word: str, bits: int) -> None:
     plan = make_plan(word)
     assert plan.part("decoder").default.bits == bits
-    assert plan.part("embed").default.bits == max(bits, 8)
+    assert plan.part("embed").default.bits == bits
 
 
 @pytest.mark.parametrize(

@@ -204,13 +204,8 @@ def add_a_key(rng: random.Random, manifest: Any) -> str:
 
 @edit
 def change_a_number(rng: random.Random, manifest: Any) -> str:
-    path, value = rng.choice(
-        [
-            (path, value)
-            for path, value in places(manifest)
-            if isinstance(value, int) and not isinstance(value, bool) and "exceptions" not in path
-        ]
-    )
+    numbers = [path for path, value in places(manifest) if type(value) is int and "exceptions" not in path]
+    path = rng.choice(numbers)
     new = rng.choice([-1, -(2**63), 2**31 + 1, 2**64, 10**30, 10**1000, 1.5])
     if path[-1] in ("parameters", "peak_memory"):
         new = rng.choice([-1, 2**64, 10**1000, 0.5])
@@ -355,7 +350,7 @@ def garble(rng: random.Random, folder: Path) -> str:
         "deep object": text.replace(
             '"benchmarks": []', '"benchmarks": [' + '{"a":' * 80 + "1" + "}" * 80 + "]"
         ).encode(),
-        "only brackets": rng.choice([b"[", b'{"a":']) * 500_000,
+        "only brackets": rng.choice([b"[", b'{"a":']) * 50_000,
         "utf-16": text.encode("utf-16"),
         "utf-32": text.encode("utf-32-le"),
         "utf-16 without mark": text.encode("utf-16-be"),
@@ -372,12 +367,12 @@ def garble(rng: random.Random, folder: Path) -> str:
         "another type": rng.choice([b"null", b"true", b"[]", b'"x"', b"5", b"{}", b"[{}]"]),
         "nothing": rng.choice([b"", b" ", b"\n" * 100]),
         "random": rng.randbytes(rng.randrange(1, 3000)),
-        "too large": data + b" " * (16 * 2**20),
-        "open string": b'{"a": "' + b'\\"' * 200_000,
+        "too large": b"",
+        "open string": b'{"a": "' + b'\\"' * 50_000,
     }
     name = rng.choice(list(pieces))
     assert pieces[name] != data, name
-    write_manifest(folder, pieces[name])
+    write_manifest(folder, data + b" " * 2**24 if name == "too large" else pieces[name])
     return f"{name} {number[:20]}"
 
 
@@ -443,12 +438,12 @@ def spoil_hidden_values(rng: random.Random, model: Any, path: Path) -> str:
             helper.make_node("If", ["yes"], ["o"], then_branch=branch, else_branch=branch)
         )
     else:
-        model.graph.node.append(helper.make_node("DequantizeLinear", ["q", "scale"], ["o"], "dequantize"))
-        scale = numpy_helper.from_array(np.array(-np.inf, np.float32), "scale")
+        model.graph.node.append(helper.make_node("DequantizeLinear", ["q", "the_scale"], ["o"], "dequantize"))
+        scale = numpy_helper.from_array(np.array(-np.inf, np.float32), "the_scale")
         if kind == "scale":
             model.graph.initializer.append(scale)
         else:
-            model.graph.node.append(helper.make_node("Constant", [], ["scale"], "c", value=scale))
+            model.graph.node.append(helper.make_node("Constant", [], ["the_scale"], "c", value=scale))
     return kind
 
 

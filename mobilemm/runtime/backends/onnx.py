@@ -109,6 +109,12 @@ class OnnxDecoder:
         )
         if missing or not self._past:
             raise MobileMMError(f"{file}: not a decoder, it lacks {', '.join(sorted(missing)) or 'a cache'}")
+        for name in ("inputs_embeds", *self._past):
+            shape = inputs[name].shape
+            if inputs[name].type not in DTYPES or (
+                name in self._past and not (len(shape) == 4 and type(shape[1]) is type(shape[3]) is int)
+            ):
+                raise MobileMMError(f"{file}: input {name!r} is {inputs[name].type} {shape}, unknown here")
         self._embeds_dtype = DTYPES[inputs["inputs_embeds"].type]
         self._shapes = {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in self._past}
         self._dtypes = {name: DTYPES[inputs[name].type] for name in self._past}
@@ -187,14 +193,16 @@ class OnnxDecoder:
         if self.concatenated or total <= self._capacity:
             return
         capacity = _room(max(total, FIRST_LENGTH), self.context_length)
+        self._capacity = 0  # whatever interrupts this, it will be done again
         arrays = self._allocate(capacity)
         for name, array in arrays.items():
             array[:, :, : self._length] = self._arrays[name][:, :, : self._length]
-        self._arrays, self._capacity = arrays, capacity
+        self._arrays = arrays
         self._values = {name: self._ort_value(array) for name, array in arrays.items()}
         for past, present in zip(self._past, self._present, strict=True):
             self._binding.bind_ortvalue_input(past, self._values[past])
             self._binding.bind_ortvalue_output(present, self._values[past])
+        self._capacity = capacity
 
     def _allocate(self, capacity: int) -> dict[str, Array]:
         return {

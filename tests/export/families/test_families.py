@@ -57,8 +57,12 @@ def test_torch_export_with_any_number_of_images(case: Any) -> None:
             close(program.module()(pixels), case.features(pixels), 1e-5)
 
 
+# Opset 20 is what the ONNX target takes for vision; at 23 attention is one operator.
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize(
+    "case", ["mobilevlm_v1", "smolvlm", "fast_vlm", "internvl", "qwen2_5_vl_84"], indirect=True
+)
 def test_onnx_export_with_any_number_of_images(case: Any, opset: int, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "vision.onnx"
@@ -312,6 +316,18 @@ def test_projectors_that_read_the_users_words() -> None:
     )
     with pytest.raises(MobileMMError, match="projector 'qformer' with instruction=True"):
         split_model(MobileMMForConditionalGeneration(config), None)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 24}, {"height": 24, "width": 24}])
+def test_pictures_padded_to_a_square(official_checkpoint: Any, size: dict[str, int]) -> None:
+    model, processor = mobilemm.load(official_checkpoint("ldpnetv2").folder)
+    processor.image_processor.size = size
+    image = split_model(model, processor).image
+    assert (image.strategy, image.height, image.width) == ("pad", 24, 24)
+    assert image.pad_color == (122, 116, 104)  # LLaVA's: CLIP's mean, rounded down
+    processor.image_processor.rescale_factor = 1.0
+    with pytest.raises(MobileMMError, match="must scale pixels to 0…1"):
+        split_model(model, processor)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from PIL import Image as PIL
 from mobilemm.export.parts import parts_of
 from mobilemm.export.targets.onnx import OnnxOptions, OnnxTarget, cache_names
 from mobilemm.export.verify import with_weights
+from tests.export.families.conftest import CASES
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -84,13 +85,18 @@ class Bundle:
         return np.array(found).T[:, None]
 
 
+# Without Idefics3 and the second size of Qwen2.5-VL, whose parts are the same modules.
+EXPORTED = tuple(name for name in CASES if name not in ("idefics3", "qwen2_5_vl_112"))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("case", EXPORTED, indirect=True)
 def test_logits_are_transformers_own(case: Any, tmp_path: Path) -> None:
     check(case, Bundle(case.split, tmp_path, OnnxOptions()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mobilevlm_v2", "internvl", "qwen2_5_vl_84"], indirect=True)
+@pytest.mark.parametrize("case", ["mobilevlm_v2", "qwen2_5_vl_84"], indirect=True)
 def test_logits_in_standard_operators(case: Any, tmp_path: Path) -> None:
     check(case, Bundle(case.split, tmp_path, OnnxOptions(standard_ops=True)))
 

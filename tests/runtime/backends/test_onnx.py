@@ -118,6 +118,15 @@ def test_truncate(backend: OnnxBackend, loaded: Loaded) -> None:
             decoder.truncate(length)
 
 
+def test_logits_outlive_the_next_steps(backend: OnnxBackend) -> None:
+    decoder = backend.decoder()
+    logits = decoder.decode(embeds(30), logits_positions=np.arange(30))
+    before = logits.copy()
+    for seed in range(20):
+        decoder.decode(embeds(1, seed))
+    assert np.array_equal(logits, before)
+
+
 def test_more_than_the_context(backend: OnnxBackend, loaded: Loaded) -> None:
     decoder = backend.decoder()
     decoder.decode(embeds(510))
