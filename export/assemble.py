@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from PIL import Image as PIL
 from mobilemm.errors import MobileMMError
 from mobilemm.export.bundle import BundleWriter, recover
 from mobilemm.export.calibration import read_calibration
+from mobilemm.export.decoder import Decoder
 from mobilemm.export.pipeline import (
     ExportOptions,
     Model,
@@ -33,7 +33,7 @@ from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
-from mobilemm.runtime.self_check import runtime_version
+from mobilemm.runtime.self_check import machine, runtime_version
 from mobilemm.runtime.session import Session
 
 # Beyond this fp32 copies for a comparison of answers would take more memory than the export itself.
@@ -111,8 +111,9 @@ def export_bundle(
 
 def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:
     """The manifest, but for its files and conversation."""
-    split, decoder = model.split, model.parts["decoder"]
-    spec = decoder.module.spec
+    split, decoder = model.split, model.parts["decoder"].module
+    assert isinstance(decoder, Decoder)
+    spec = decoder.spec
     text = split.text_config
     eos = text.eos_token_id
     eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []
@@ -122,7 +123,7 @@ def describe(model: Model, target: Target, records: dict[str, Record]) -> manife
     pad = text.pad_token_id
     return manifest.Manifest(
         schema_version=1,
-        created_by={**created_by(), **runtime_version(target.name), "machine": platform.machine()},
+        created_by={**created_by(), **runtime_version(target.name), "machine": machine()},
         target=target.name,
         runtime=target.runtime,
         model=manifest.ModelCard(

@@ -33,6 +33,7 @@ def smooth(layer: DecoderLayer, hessians: Mapping[str, Tensor], schemes: Mapping
 
     Source: Lin et al. 2023, "AWQ", arXiv 2306.00978, section 3.2.
     """
+    assert layer.up is not None  # only a target joins it with `gate`, later
     groups: list[tuple[list[str], nn.Module]] = [
         (["qkv"], layer.input_norm),
         (["gate", "up"], layer.mlp_norm),

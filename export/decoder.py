@@ -74,6 +74,9 @@ class Attention(nn.Module):
         self.scale = spec.attention_scale
         self.softcap = spec.attention_softcap
         self.window = spec.layers[index].window
+        # Steps of an int8 cache, one each for all keys and all values of the layer: (1,) float32.
+        self.key_scale: Tensor | None = None
+        self.value_scale: Tensor | None = None
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
@@ -101,7 +104,8 @@ class DecoderLayer(nn.Module):
         self.o = nn.Linear(heads * spec.head_dim, hidden, bias=spec.o_bias)
         self.mlp_norm = ResidualNorm(hidden, spec.norm_eps)
         self.gate = nn.Linear(hidden, spec.intermediate_size, bias=spec.mlp_bias)
-        self.up = nn.Linear(hidden, spec.intermediate_size, bias=spec.mlp_bias)
+        # A target may put one module that gives both in the place of `gate`, and None here.
+        self.up: nn.Module | None = nn.Linear(hidden, spec.intermediate_size, bias=spec.mlp_bias)
         self.down = nn.Linear(spec.intermediate_size, hidden, bias=spec.mlp_bias)
         sandwich = spec.sandwich_norms
         self.attention_post_norm = RMSNorm(hidden, spec.norm_eps) if sandwich else None
@@ -116,7 +120,12 @@ class DecoderLayer(nn.Module):
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         normed, residual = self.mlp_norm(attended, residual)
-        output = self.down(_activate(self.gate(normed), self.activation) * self.up(normed))
+        gate = self.gate(normed)
+        if self.up is None:
+            gate, up = gate.chunk(2, -1)
+        else:
+            up = self.up(normed)
+        output = self.down(_activate(gate, self.activation) * up)
         if self.mlp_post_norm is not None:
             output = self.mlp_post_norm(output)
         return output, residual
@@ -226,6 +235,7 @@ class EagerCache:
             if not rotary.per_token:
                 cos, sin = (table[None, past : past + q.shape[1]] for table in (cos, sin))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = _rounded(k, attention.key_scale), _rounded(v, attention.value_scale)
         if past:
             k = torch.cat([self.keys[attention.index], k], 1)
             v = torch.cat([self.values[attention.index], v], 1)
@@ -317,6 +327,11 @@ class DecoderWeights(Mapping[str, Tensor]):
             case ["mlp_post_norm"]:
                 return [f"{layer}.post_feedforward_layernorm.{kind}"]
         raise KeyError(name)
+
+
+def _rounded(x: Tensor, scale: Tensor | None) -> Tensor:
+    """What an int8 cache keeps of it."""
+    return x if scale is None else (x / scale).round().clamp(-128, 127) * scale
 
 
 def _activate(x: Tensor, name: str) -> Tensor:

@@ -74,7 +74,7 @@ def quantize_decoder(
         progress("lm_head", count - 1, count)
     load_parameters(decoder.norm, weights, "norm.")
     if head is not None:
-        decoder.lm_head = QuantizedLinear(head)
+        decoder.set_submodule("lm_head", QuantizedLinear(head))
         return
     load_parameters(decoder.lm_head, weights, "lm_head.")
     scheme = plan.scheme("lm_head")
@@ -85,7 +85,8 @@ def quantize_decoder(
             for hidden, residual in stream.batches():
                 normed, _ = decoder.norm(hidden, residual)
                 hessian.addmm_(normed.flatten(0, 1).T, normed.flatten(0, 1))
-        decoder.lm_head = quantize_linear(decoder.lm_head, scheme, "lm_head", hessian)
+        quantized = quantize_linear(decoder.lm_head, scheme, "lm_head", hessian)
+        decoder.set_submodule("lm_head", quantized)
 
 
 @dataclass

@@ -55,6 +55,9 @@ class Vision(nn.Module):
     Shapes: uint8 (images, 3, height, width) → (images · tokens, text width).
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, split: SplitModel) -> None:
         super().__init__()
         self.encoder = split.vision
@@ -79,15 +82,18 @@ class Embed(nn.Module):
         super().__init__()
         self.table = nn.Embedding(vocab_size, width)
         self.image_token_id, self.scale = image_token_id, scale
+        self.outside = image_token_id >= vocab_size
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         is_image = input_ids == self.image_token_id
-        embeds = self.table(input_ids.masked_fill(is_image, 0))
+        embeds = self.table(input_ids.masked_fill(is_image, 0) if self.outside else input_ids)
         if self.scale != 1.0:
             embeds = embeds * self.scale
         # A row behind the last, for the ids that are text: so that no image at all needs no other graph.
         padded = torch.cat([image_features, image_features.new_zeros(1, image_features.shape[1])])
         order = is_image.flatten().to(torch.int64).cumsum(0).view_as(input_ids) - 1
+        # A placeholder beyond the features is the model's own word, where its table has it.
+        is_image = is_image & (order < image_features.shape[0])
         rows = torch.where(is_image, order, image_features.shape[0])
         return torch.where(is_image[..., None], padded[rows], embeds)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mobilemm import __version__
 from mobilemm.errors import MobileMMError
 from mobilemm.export import verify
-from mobilemm.export.calibration import CalibrationSample, read_calibration
+from mobilemm.export.calibration import CalibrationSample, default_calibration, read_calibration
 from mobilemm.export.decoder import Decoder, EagerCache
 from mobilemm.export.families import split_model
 from mobilemm.export.layerwise import needs_data, quantize_decoder
@@ -48,7 +48,11 @@ Report = Callable[[str], None]
 
 # Decoder first: the embedding points into its file where the two are one table.
 ORDER = ("decoder", "embed", "vision", "output_projector", "generator")
-CALIBRATION_TOKENS, CALIBRATION_LENGTH = 8192, 256
+CALIBRATION_TOKENS, CALIBRATION_LENGTH = 4096, 256
+# Beyond this many weights half as many: the time goes with both.
+LARGE_DECODER = 500_000_000
+# Headroom of an int8 cache beyond the largest key and value that calibration has shown.
+CACHE_HEADROOM = 1.1
 # Positions that the decoder is verified on, and those of its golden vectors.
 VERIFY_TOKENS, GOLDEN_TOKENS = 160, 24
 
@@ -65,6 +69,7 @@ class ExportOptions:
         verify: compare each part with PyTorch, and stop when one is below its floor.
         name: of the model, in the manifest; None for its folder's.
         budget: bytes that the language model may take; the layers that suffer most get 8 bits. None: by plan.
+        int8_cache: keys and values in int8, with steps found on the calibration set.
     """
 
     plan: QuantizationPlan = field(default_factory=QuantizationPlan)
@@ -74,6 +79,7 @@ class ExportOptions:
     verify: bool = True
     name: str | None = None
     budget: int | None = None
+    int8_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def export_parts(
 
 def fingerprints(model: Model, target: Target, options: ExportOptions) -> dict[str, str]:
     """Of each part: the hash of everything that it is made from."""
-    calibration = Path(options.calibration).read_bytes() if options.calibration else b""
+    calibration = Path(options.calibration or default_calibration()).read_bytes()
     prints: dict[str, str] = {}
     for name in (name for name in ORDER if name in model.parts):
         part = model.parts[name]
@@ -201,6 +207,7 @@ def fingerprints(model: Model, target: Target, options: ExportOptions) -> dict[s
             name,
             repr(plan),
             repr(options.budget),
+            repr(options.int8_cache),
             repr({key: (value.shape, value.dtype) for key, value in part.inputs.items()}),
             repr(getattr(part.module, "spec", None) and part.module.spec.context_length),  # type: ignore[union-attr]
             repr(options.verify),
@@ -233,6 +240,8 @@ def _quantized(
         data = None
         if options.budget is not None or any(needs_data(plan.scheme(name)) for name in names):
             data = calibration_embeddings(model, samples)
+        if options.int8_cache:
+            _set_cache_scales(model, decoder, samples)
         if options.budget is not None and data is not None:
             report(f"{part.name}: measuring which layers suffer most")
             plan = _spend(part, plan, data, head, options.budget, report)
@@ -262,6 +271,18 @@ def _quantized(
             weight = quantize(linear.weight, scheme, f"{part.name}.{name}")
             setattr(module.get_submodule(owner), last, QuantizedLinear(weight, linear.bias))
     return module, plan
+
+
+def _set_cache_scales(model: Model, decoder: Decoder, samples: Sequence[CalibrationSample]) -> None:
+    """The steps of an int8 cache, from the largest keys and values of a fp32 run over a few samples."""
+    cache = EagerCache()
+    embeddings = calibration_embeddings(model, samples)[:2]
+    verify.decoder_reference(model.parts["decoder"], {"inputs_embeds": embeddings}, cache=cache)
+    for index, layer in enumerate(decoder.layers):
+        attention = layer.attention
+        for name, values in (("key_scale", cache.keys[index]), ("value_scale", cache.values[index])):
+            step = values.abs().max().clamp(min=1e-6) * CACHE_HEADROOM / 127
+            setattr(attention, name, step.view(1))
 
 
 def _spend(
@@ -303,13 +324,16 @@ def _refuse_unused(part: str, plan: PartPlan, names: Sequence[str] | Mapping[str
 
 def calibration_embeddings(model: Model, samples: Sequence[CalibrationSample]) -> Tensor:
     """Input embeddings of samples up to CALIBRATION_TOKENS: (rows, CALIBRATION_LENGTH, width)."""
+    spec = model.parts["decoder"].module.spec
+    weights = spec.num_layers * spec.hidden_size * (spec.hidden_size + 3 * spec.intermediate_size)
+    wanted = CALIBRATION_TOKENS // (2 if weights > LARGE_DECODER else 1)
     pieces: list[Tensor] = []
     total = 0
     for sample in samples:
         ids, pictures = _encoded(model, sample)
         pieces.append(_embedded(model, ids, pictures)[0])
         total += len(ids)
-        if total >= CALIBRATION_TOKENS:
+        if total >= wanted:
             break
     together = torch.cat(pieces)
     length = min(CALIBRATION_LENGTH, len(together))

@@ -120,7 +120,7 @@ def _probe(rendered: Render, split: SplitModel) -> Prompt:
     question, answer = _message("user", QUESTION), _message("assistant", ANSWER)
     pictures = split.num_image_tokens > 0
     mark = split.processor.image_token
-    image = {"image_prefix": split.image_prefix, "image_suffix": split.image_suffix}
+    image: dict[str, Any] = {"image_prefix": split.image_prefix, "image_suffix": split.image_suffix}
     pre = post = ""
     stop = (
         list(split.processor.conversation_template.stop)

@@ -279,6 +279,7 @@ class QuantizedLinear(nn.Module):
     packed: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()

@@ -19,9 +19,9 @@ from mobilemm.export.layerwise import (
     needs_data,
     quantize_linear,
 )
-from mobilemm.export.quantization import PartPlan, QuantizedWeight, WeightScheme
+from mobilemm.export.quantization import Bits, PartPlan, QuantizedWeight, WeightScheme
 
-FINE_BITS = 8
+FINE_BITS: Bits = 8
 # Positions whose logits are compared at once.
 LOGIT_POSITIONS = 512
 

@@ -66,15 +66,21 @@ def reference(part: Part, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def decoder_reference(
-    part: Part, inputs: Mapping[str, Tensor], watch: Callable[[str, Tensor], None] | None = None
+    part: Part,
+    inputs: Mapping[str, Tensor],
+    watch: Callable[[str, Tensor], None] | None = None,
+    cache: EagerCache | None = None,
 ) -> Tensor:
-    """Logits of all positions, weights read layer by layer; `watch` is shown each layer's sum."""
+    """Logits of all positions, weights read layer by layer.
+
+    `watch` is shown each layer's sum; `cache` is filled.
+    """
     source = part.module
     assert isinstance(source, Decoder)
     with torch.device("meta"):
         decoder = Decoder(source.spec)
     rotary = decoder.rotary(inputs.get("position_ids"))
-    cache = EagerCache()
+    cache = EagerCache() if cache is None else cache
     hidden: Tensor = inputs["inputs_embeds"].float()
     residual: Tensor | None = None
     with torch.no_grad():
@@ -173,7 +179,8 @@ def worst_layers(part: Part, quantized: nn.Module, inputs: Mapping[str, Tensor],
     losses, before = [], MAX_DB
     with torch.no_grad():
         for index, layer in enumerate(quantized.layers):
-            rope = layer.spec.rope  # type: ignore[union-attr]
+            assert isinstance(layer, DecoderLayer)
+            rope = layer.spec.rope
             hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
             name = f"layers.{index}"
             now = snr_db((hidden + residual).numpy(), wanted[name].numpy())

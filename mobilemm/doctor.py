@@ -210,6 +210,7 @@ def _check_requirement(group: str, requirement: Requirement, tested: dict[str, s
         command = {
             "core": f"pip install {_pinned(name, tested)}",
             "dev": "make setup",
+            "judges": "make judges",
         }.get(group, f"pip install 'mobilemm[{group}]'")
     elif not _within(installed, declared):
         status, note = "broken", f"needs {name}{declared}"

@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import mobilemm
-from mobilemm.runtime.session import ChatSession, Sampling, quiet
+from mobilemm.runtime.pytorch import ChatSession, quiet
+from mobilemm.runtime.sampling import Sampling
 
 DRAWINGS = Path(__file__).parents[1] / "docs" / "drawings"
 QUESTION = "What is in this picture?"

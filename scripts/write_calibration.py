@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import mobilemm
-from mobilemm.runtime.session import ChatSession, Sampling, quiet
+from mobilemm.runtime.pytorch import ChatSession, quiet
+from mobilemm.runtime.sampling import Sampling
 
 DRAWINGS = Path(__file__).parents[1] / "docs" / "drawings"
 SEED, BATCH = 20260, 14

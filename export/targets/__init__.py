@@ -37,7 +37,9 @@ class Exported:
 class Target(Protocol):
     """One runtime's way of storing parts, and the runtime itself."""
 
-    name: Literal["onnx", "coreml", "executorch"]
+    @property
+    def name(self) -> Literal["onnx", "coreml", "executorch"]:
+        """As `--target` and the manifest say it."""
 
     @property
     def runtime(self) -> Runtime:

@@ -21,9 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
-from mobilemm.export.decoder import Attention, ResidualNorm, RMSNorm, Rotary, rotate, scaled_dot_product
+from mobilemm.export.decoder import (
+    Attention,
+    DecoderLayer,
+    ResidualNorm,
+    RMSNorm,
+    Rotary,
+    rotate,
+    scaled_dot_product,
+)
 from mobilemm.export.parts import Part
-from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
+from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.onnx_mobile import usability, write_ort
 from mobilemm.export.verify import share_tensors
@@ -36,7 +44,7 @@ CONTRIB = "com.microsoft::"
 # The part's default where a caller does not say which positions' logits it wants: the last.
 OPTIONAL_INPUTS = {"logits_positions": [-1]}
 # The oldest release with every kernel that a graph here needs (8-bit GatherBlockQuantized among them).
-MIN_ONNXRUNTIME = "1.23.0"
+MIN_ONNXRUNTIME = "1.23.2"
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ class OnnxTarget:
             feeds["attention_mask"] = np.ones((1, length), np.int64)
             feeds["logits_positions"] = np.arange(length)
             shape = (1, part.cache.num_key_value_heads, 0, part.cache.head_dim)
-            feeds |= {name: np.zeros(shape, np.float32) for name in cache_names(part.cache.num_layers)}
+            kinds = {value.name: value.dtype for value in exported.inputs}
+            feeds |= {name: np.zeros(shape, kinds[name]) for name in cache_names(part.cache.num_layers)}
         return session.run([part.outputs[0]], feeds)[0]
 
     def companions(self, manifest: Manifest) -> dict[str, str]:
@@ -237,6 +246,7 @@ def signature(path: Path) -> tuple[tuple[manifest.Tensor, ...], tuple[manifest.T
         onnx.TensorProto.FLOAT: "float32",
         onnx.TensorProto.FLOAT16: "float16",
         onnx.TensorProto.UINT8: "uint8",
+        onnx.TensorProto.INT8: "int8",
         onnx.TensorProto.INT32: "int32",
         onnx.TensorProto.INT64: "int64",
     }
@@ -271,6 +281,11 @@ class GroupQueryCache:
         self.total = torch.scalar_tensor(self.total_length, dtype=torch.int32)
 
     def attend(self, attention: Attention, qkv: Tensor, rotary: Rotary | None) -> Tensor:
+        if attention.head_dim % 16:
+            raise MobileMMError(
+                f"onnxruntime's attention takes heads of 16, 32, 48 … dimensions, not {attention.head_dim}:"
+                " export with --standard-ops"
+            )
         batch, length, _ = qkv.shape
         key, value = self.past[2 * attention.index : 2 * attention.index + 2]
         packed: list[Tensor | None] = [qkv, None, None]
@@ -281,6 +296,7 @@ class GroupQueryCache:
                 q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
             packed = [q.flatten(2), k.flatten(2), v.flatten(2)]
         tables = [rotary.cos, rotary.sin] if fused_rotary and rotary is not None else []
+        scales: list[Tensor | None] = []
         attributes: dict[str, Any] = {
             "num_heads": attention.heads,
             "kv_num_heads": attention.kv_heads,
@@ -291,12 +307,20 @@ class GroupQueryCache:
             attributes["local_window_size"] = attention.window
         if attention.softcap is not None:
             attributes["softcap"] = attention.softcap
+        if attention.key_scale is not None:
+            attributes |= {
+                "kv_cache_bit_width": 8,
+                "k_quant_type": "PER_TENSOR",
+                "v_quant_type": "PER_TENSOR",
+            }
+            # Behind rotary tables, positions, bias and sinks.
+            scales = [*[None] * (5 - len(tables)), attention.key_scale, attention.value_scale]
         shape = (batch, attention.kv_heads, self.total_length, attention.head_dim)
         output, *present = OPS.symbolic_multi_out(
             f"{CONTRIB}GroupQueryAttention",
-            [*packed, key, value, self.last, self.total, *tables],
+            [*packed, key, value, self.last, self.total, *tables, *scales],
             attributes,
-            dtypes=[qkv.dtype] * 3,
+            dtypes=[qkv.dtype, key.dtype, value.dtype],
             shapes=[(batch, length, attention.heads * attention.head_dim), shape, shape],
             version=1,
         )
@@ -345,12 +369,18 @@ class _CachedModule(nn.Module):
 def _with_cache(part: Part, module: nn.Module, options: OnnxOptions) -> tuple[dict[str, Any], nn.Module]:
     assert part.cache is not None
     shape = (1, part.cache.num_key_value_heads, 4, part.cache.head_dim)
-    past = [torch.zeros(shape) for _ in range(2 * part.cache.num_layers)]
+    dtype = torch.int8 if int8_cache(module) else torch.float32
+    past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * part.cache.num_layers)]
     first, *rest = part.inputs.items()
     mask = torch.ones(1, 4 + first[1].shape[1], dtype=torch.int64)
     inputs = dict([first, ("attention_mask", mask), *rest, ("past", past)])
     kind = ConcatenatedCache if options.standard_ops else GroupQueryCache
     return inputs, _CachedModule(module, list(inputs), kind)
+
+
+def int8_cache(module: nn.Module) -> bool:
+    """Whether the decoder keeps keys and values in int8."""
+    return any(isinstance(child, Attention) and child.key_scale is not None for child in module.modules())
 
 
 def _flat_names(inputs: dict[str, Any], part: Part) -> list[str]:
@@ -383,12 +413,35 @@ def _dynamic_shapes(part: Part, inputs: dict[str, Any]) -> Any:
 def lower(module: nn.Module, options: OnnxOptions) -> nn.Module:
     """Puts modules that emit ONNX operators in the places of quantized layers and norms."""
     for name, child in list(module.named_children()):
+        if isinstance(child, DecoderLayer) and not options.standard_ops:
+            _fuse_gate_up(child)
         replacement = _lowered(child, options)
         if replacement is not None:
             setattr(module, name, replacement)
         else:
             lower(child, options)
     return module
+
+
+def _fuse_gate_up(layer: DecoderLayer) -> None:
+    """One product for gate and up where both are stored alike: their rows one below the other."""
+    gate, up = layer.gate, layer.up
+    if not isinstance(gate, QuantizedLinear) or not isinstance(up, QuantizedLinear):
+        return
+    zero = (gate.zero_points, up.zero_points)
+    if (gate.bits, gate.block_size) != (up.bits, up.block_size) or (zero[0] is None) != (zero[1] is None):
+        return
+    rows, columns = gate.out_features + up.out_features, gate.in_features
+    weight = QuantizedWeight(
+        torch.cat([gate.packed, up.packed]),
+        torch.cat([gate.scales, up.scales]),
+        None if zero[0] is None or zero[1] is None else torch.cat([zero[0], zero[1]]),
+        gate.bits,
+        gate.block_size,
+        (rows, columns),
+    )
+    bias = None if gate.bias is None or up.bias is None else torch.cat([gate.bias, up.bias])
+    layer.gate, layer.up = QuantizedLinear(weight, bias), None
 
 
 def _lowered(module: nn.Module, options: OnnxOptions) -> nn.Module | None:

@@ -24,7 +24,7 @@ def inspect(
     from rich.table import Table
 
     from mobilemm.models.checkpoints.inspection import inspect_model
-    from mobilemm.runtime.session import quiet
+    from mobilemm.runtime.pytorch import quiet
 
     quiet()
     found = inspect_model(model, base)

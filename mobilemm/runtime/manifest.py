@@ -35,7 +35,7 @@ class Tensor(Strict):
     """One input or output of a part. A dimension is a number, or the name of a dynamic dimension."""
 
     name: Name
-    dtype: Literal["float32", "float16", "uint8", "int32", "int64"]
+    dtype: Literal["float32", "float16", "uint8", "int8", "int32", "int64"]
     shape: list[Annotated[int, Field(ge=0, le=2**31)] | Name]
 
 

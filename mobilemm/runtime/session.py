@@ -306,19 +306,3 @@ def rope_positions(ids: Sequence[int], image_token_id: int, grid: tuple[int, int
 
 def _pictures(messages: Sequence[dict[str, Any]]) -> list[Picture]:
     return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-
-
-def __getattr__(name: str) -> Any:
-    # Conversations on PyTorch stand in a module of their own, which imports torch.
-    if name in (
-        "ChatSession",
-        "choose_device",
-        "choose_dtype",
-        "context_length",
-        "has_chat_template",
-        "quiet",
-    ):
-        from mobilemm.runtime import pytorch
-
-        return getattr(pytorch, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

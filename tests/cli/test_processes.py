@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import mobilemm
-from mobilemm.runtime.session import ChatSession, Sampling
+from mobilemm.runtime.pytorch import ChatSession
+from mobilemm.runtime.sampling import Sampling
 
 HEAVY = ["torch", "transformers", "numpy", "PIL", "huggingface_hub", "timm", "accelerate"]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from mobilemm.errors import MobileMMError
@@ -34,7 +35,7 @@ ENCODER_HUB_ID = "timm/tf_efficientnet_lite0.in1k"
 IMAGE_MEAN, IMAGE_STD = [127 / 255] * 3, [128 / 255] * 3
 
 # Increased when the folder's content changes for another reason than the shipped files and packages.
-FOLDER_VERSION = 1
+FOLDER_VERSION = 2
 
 
 def shipped_files() -> Path:
@@ -111,9 +112,18 @@ def _language_model() -> tuple[Any, Any]:
     source = path.parent if path else LANGUAGE_MODEL_HUB_ID
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if path:
+            _split_digits(tokenizer)
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options), tokenizer
     except (OSError, ValueError, ImportError) as error:
         raise _not_to_be_had(LANGUAGE_MODEL_PACKAGE[0], LANGUAGE_MODEL_HUB_ID, error) from error
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Gives SmolLM2's tokenizer the rule back that reading it from GGUF loses: each digit is a token."""
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
 
 
 def _encoder_state() -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from mobilemm.models.checkpoints.default import (
     _package_file,
     efficientnet_to_timm,
 )
-from mobilemm.runtime.session import ChatSession, Sampling
+from mobilemm.runtime.pytorch import ChatSession
+from mobilemm.runtime.sampling import Sampling
 from mobilemm.training.alignment import CaptionLoss
 
 DRAWINGS = Path(__file__).parents[3] / "docs" / "drawings"
@@ -65,6 +67,21 @@ def test_the_language_model_speaks_as_plain_smollm2(default: Any) -> None:
         messages[0]["content"]
     )
     assert "Paris" in answer
+
+
+def test_the_tokenizer_is_smollm2_s(default: Any) -> None:
+    tokenizer = default.processor.tokenizer
+    assert tokenizer("x  12")["input_ids"] == [104, 256, 33, 34]
+    path = _package_file(LANGUAGE_MODEL_PACKAGE)
+    assert path is not None
+    # llama.cpp knows the pre-tokenizer by the name that stands in the package's file.
+    reference = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    for text in (
+        *("2024-06-01 at 12:30", "1,000 and  2000", "pi=3.14159", "a\n\n 7\tb", "½ ٣ ④ 二"),
+        *("don't, we've  DONE!", "naïve café 🙂🙃", "    return x[0:10]"),
+    ):
+        assert tokenizer(text)["input_ids"] == reference.tokenize(text.encode(), add_bos=False), text
+    reference.close()
 
 
 def test_it_says_more_than_chance_about_held_out_pictures(default: Any) -> None:

@@ -1,0 +1,236 @@
+"""What bundles of the default model answer and know, against the checkpoint in fp32 PyTorch.
+
+    python benchmarks/answers.py BUNDLE… [--model CHECKPOINT] [--pairs data/pairs] [--items 200]
+
+Answers: greedy, about 100 pictures (held-out ones of the tests, docs/drawings, and drawings made here); the
+share whose tokens are all those of PyTorch's `generate`. Of a bundle in fp32 it must be every one.
+
+Score: the right caption among 4 by least loss per token, as the tests measure the default model: on the
+held-out pictures, and with --pairs on the validation split of `scripts/fetch_pairs.py`, --items of them. The
+bundle's likelihoods come out of its decoder on its own runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT, DRAWINGS = ROOT / "tests" / "assets" / "held_out", ROOT / "docs" / "drawings"
+QUESTION = "What is in this picture?"
+PICTURES, NEW_TOKENS, CHOICES = 100, 24, 4
+
+Picture = Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question of the score: which of the captions is the picture's."""
+
+    picture: Path
+    choices: tuple[str, ...]
+    answer: int
+
+
+def pictures(count: int = PICTURES) -> dict[str, Picture]:
+    """By name: held-out ones and drawings first, then as many made here as are still wanted."""
+    found: dict[str, Picture] = {path.stem: path for path in sorted(HELD_OUT.glob("*.png"))}
+    found |= {f"drawing of a {path.stem}": path for path in sorted(DRAWINGS.glob("*.png"))}
+    made = max(0, count - len(found))
+    found |= {f"made {index}": shapes(index) for index in range(made)}
+    return dict(list(found.items())[:count])
+
+
+def shapes(seed: int) -> Image.Image:
+    """A few coloured shapes on a plain background, of another size and form for each seed."""
+    draw_number = random.Random(seed)
+    width, height = draw_number.randint(120, 400), draw_number.randint(120, 400)
+    colors = ["white", "black", "red", "green", "blue", "yellow", "orange", "purple", "brown", "gray", "pink"]
+    picture = Image.new("RGB", (width, height), draw_number.choice(colors[:1] * 8 + colors[1:]))
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(draw_number.randint(1, 4)):
+        left, top = draw_number.randint(0, width // 2), draw_number.randint(0, height // 2)
+        right = left + draw_number.randint(20, width // 2)
+        bottom = top + draw_number.randint(20, height // 2)
+        color = draw_number.choice(colors)
+        match draw_number.randrange(4):
+            case 0:
+                canvas.ellipse((left, top, right, bottom), color, "black", 3)
+            case 1:
+                canvas.rectangle((left, top, right, bottom), color, "black", 3)
+            case 2:
+                canvas.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], color, "black")
+            case _:
+                canvas.line((left, top, right, bottom), color, 8)
+    return picture
+
+
+def held_out() -> list[Item]:
+    """The tests' questions."""
+    rows = json.loads((HELD_OUT / "index.json").read_text(encoding="utf-8"))
+    return [Item(HELD_OUT / row["image"], tuple(row["choices"]), row["answer"]) for row in rows]
+
+
+def validation(folder: Path, count: int, seed: int = 0) -> list[Item]:
+    """Pairs of the validation split, each with captions of three other groups."""
+    from mobilemm.data.pairs import read_pairs
+
+    pairs = read_pairs(folder, "validation")
+    draw = random.Random(seed)
+    items = []
+    for pair in draw.sample(pairs, min(count, len(pairs))):
+        others = sorted({other.caption for other in pairs if other.group != pair.group} - {pair.caption})
+        choices = [pair.caption, *draw.sample(others, CHOICES - 1)]
+        draw.shuffle(choices)
+        items.append(Item(folder / pair.image, tuple(choices), choices.index(pair.caption)))
+    return items
+
+
+class PyTorch:
+    """The checkpoint in fp32: transformers' `generate`, and the training's own loss."""
+
+    def __init__(self, source: str | None = None) -> None:
+        import torch
+
+        import mobilemm
+        from mobilemm.training.alignment import CaptionLoss
+
+        self.torch = torch
+        self.model, self.processor = mobilemm.load(source, dtype="float32")
+        self.loss = CaptionLoss(self.model, self.processor)
+
+    def answer(self, picture: Picture) -> list[int]:
+        """Ids of the greedy answer, without the end token."""
+        content: list[dict[str, Any]] = [
+            {"type": "image", "image": picture if isinstance(picture, Image.Image) else str(picture)},
+            {"type": "text", "text": QUESTION},
+        ]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        with self.torch.inference_mode():
+            ids = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        end = self.model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        return found[:-1] if found and found[-1] in ends else found
+
+    def losses(self, item: Item) -> list[float]:
+        """Of each choice, per token."""
+        with self.torch.inference_mode():
+            inputs = self.processor(images=item.picture, text="<image>")
+            embeds = self.model.get_image_features(inputs["pixel_values"])
+            count = len(item.choices)
+            sums = self.loss(embeds.expand(count, -1, -1), [QUESTION] * count, item.choices)
+        return (sums[:, 0] / sums[:, 1]).tolist()
+
+
+class Bundle:
+    """A bundle through the runtime that `mobilemm run` has."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        from mobilemm.runtime.backends import open_backend
+        from mobilemm.runtime.bundle import open_bundle
+        from mobilemm.runtime.sampling import Sampling
+        from mobilemm.runtime.session import Session
+
+        self.bundle = open_bundle(folder)
+        self.backend = open_backend(self.bundle, threads)
+        self.session = Session(self.bundle, self.backend, Sampling(max_new_tokens=NEW_TOKENS))
+        self.decoder = self.backend.decoder()
+
+    def answer(self, picture: Picture) -> list[int]:
+        """Ids of the greedy answer, without the end token."""
+        self.session.reset()
+        self.session.look_at(picture)
+        self.session.reply(QUESTION)
+        return list(self.session.answer_ids)
+
+    def losses(self, item: Item) -> list[float]:
+        """Of each choice, per token, its end token included. The prompt is run once."""
+        from mobilemm.runtime.image import to_pixels
+
+        manifest, tokenizer = self.bundle.manifest, self.session.tokenizer
+        assert manifest.image is not None
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+        prompt = tokenizer.encode([question])
+        pixels = to_pixels(item.picture, manifest.image)[None]
+        features = self.backend.run("vision", {"pixels": pixels})["image_features"]
+        self.decoder.truncate(0)
+        first = self.decoder.decode(self._embed(prompt, features))[0]
+        losses = []
+        for choice in item.choices:
+            said = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
+            whole = tokenizer.encode([question, said], add_generation_prompt=False)
+            assert whole[: len(prompt)] == prompt
+            answer = whole[len(prompt) :]
+            end = next(i for i, token in enumerate(answer) if token in manifest.model.eos_token_ids)
+            answer = answer[: end + 1]
+            self.decoder.truncate(len(prompt))
+            embeds = self._embed(answer[:-1], features[:0])
+            rest = self.decoder.decode(embeds, logits_positions=np.arange(len(answer) - 1))[0]
+            logits = np.concatenate([first, rest]).astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            log_likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            losses.append(-float(log_likelihood[np.arange(len(answer)), answer].mean()))
+        return losses
+
+    def _embed(self, ids: Sequence[int], features: np.ndarray) -> np.ndarray:
+        inputs = {"input_ids": np.array([ids], np.int64), "image_features": features}
+        return self.backend.run("embed", inputs)["inputs_embeds"]
+
+
+def main() -> None:
+    """Reads the command line; prints the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--model", help="checkpoint that they were made from; left out, the default model")
+    parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--pairs", type=Path, help="folder of scripts/fetch_pairs.py")
+    parser.add_argument("--items", type=int, default=200, help="of the validation pairs")
+    given = parser.parse_args()
+    systems = {str(folder): Bundle(folder) for folder in given.bundles}
+    pytorch = PyTorch(given.model)
+
+    shown = pictures(given.pictures)
+    wanted = {name: pytorch.answer(picture) for name, picture in shown.items()}
+    for label, system in systems.items():
+        answers = {name: system.answer(picture) for name, picture in shown.items()}
+        same = sum(answers[name] == wanted[name] for name in shown)
+        print(f"{label}: {same} of {len(shown)} answers have the same tokens as PyTorch's", flush=True)
+        decode = system.session.tokenizer.decode
+        others = [name for name in shown if answers[name] != wanted[name]]
+        for name in others:
+            print(f"  {name}: {decode(answers[name])!r}, PyTorch {decode(wanted[name])!r}")
+
+    tasks = {"held-out": held_out()}
+    if given.pairs is not None:
+        tasks["validation"] = validation(given.pairs, given.items)
+    for task, items in tasks.items():
+        reference = [pytorch.losses(item) for item in items]
+        print(f"{task}, right caption among {CHOICES}: PyTorch {_right(items, reference)}", flush=True)
+        for label, system in systems.items():
+            losses = [system.losses(item) for item in items]
+            furthest = np.abs(np.array(losses) - np.array(reference)).max()
+            print(
+                f"  {label}: {_right(items, losses)}; loss per token at most {furthest:.2g} away", flush=True
+            )
+
+
+def _right(items: Sequence[Item], losses: Sequence[Sequence[float]]) -> str:
+    right = sum(int(np.argmin(row)) == item.answer for item, row in zip(items, losses, strict=True))
+    return f"{right} of {len(items)} ({100 * right / len(items):.1f} %)"
+
+
+if __name__ == "__main__":
+    main()
