@@ -223,7 +223,7 @@ def main() -> None:
             losses = [system.losses(item) for item in items]
             furthest = np.abs(np.array(losses) - np.array(reference)).max()
             print(
-                f"  {label}: {_right(items, losses)}; loss per token at most {furthest:.2g} away", flush=True
+                f"  {label}: {_right(items, losses)}; loss per token at most {furthest:.2g} off", flush=True
             )
 
 

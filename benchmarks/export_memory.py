@@ -87,7 +87,7 @@ def memory(pid: int) -> tuple[int, int] | None:
 
 
 def bits_per_weight(bundle: Path) -> float:
-    """Of the language model, its embedding included: all bits of decoder and embed, by all their parameters."""
+    """Of the language model: bits of decoder and embedding, scales included, by their parameters."""
     parts = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["parts"]
     chosen = [parts["decoder"], parts["embed"]]
     files = {file for part in chosen for file in part["files"]}  # a tied table lies in one file for both

@@ -137,6 +137,9 @@ class Decoder(nn.Module):
     Built on the meta device it takes no memory; `DecoderWeights` holds what belongs into it.
     """
 
+    spec: DecoderSpec
+    frequencies: Tensor
+
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -171,7 +174,8 @@ class Decoder(nn.Module):
         hidden: Tensor = inputs_embeds
         residual: Tensor | None = None
         for layer in self.layers:
-            rope = layer.spec.rope  # type: ignore[union-attr]
+            assert isinstance(layer, DecoderLayer)
+            rope = layer.spec.rope
             hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
         return self.logits(hidden, residual, logits_positions)
 

@@ -324,7 +324,9 @@ def _refuse_unused(part: str, plan: PartPlan, names: Sequence[str] | Mapping[str
 
 def calibration_embeddings(model: Model, samples: Sequence[CalibrationSample]) -> Tensor:
     """Input embeddings of samples up to CALIBRATION_TOKENS: (rows, CALIBRATION_LENGTH, width)."""
-    spec = model.parts["decoder"].module.spec
+    decoder = model.parts["decoder"].module
+    assert isinstance(decoder, Decoder)
+    spec = decoder.spec
     weights = spec.num_layers * spec.hidden_size * (spec.hidden_size + 3 * spec.intermediate_size)
     wanted = CALIBRATION_TOKENS // (2 if weights > LARGE_DECODER else 1)
     pieces: list[Tensor] = []
@@ -401,7 +403,7 @@ class _Proof:
         inputs = {"inputs_embeds": self.embeddings}
         grid = model.split.image.position_grid
         if "position_ids" in part.inputs and grid is not None:
-            positions = rope_positions(self.ids, model.split.image_token_id, tuple(grid))
+            positions = rope_positions(self.ids, model.split.image_token_id, grid)
             inputs["position_ids"] = torch.from_numpy(np.ascontiguousarray(positions)).view(3, 1, -1)
         return inputs
 

@@ -23,7 +23,7 @@ BASE_MEMORY = 0.7e9
 
 @dataclass(frozen=True)
 class PartEstimate:
-    """One part's parameters, its mean bits a parameter, and its bytes."""
+    """One part's parameters, its mean bits a parameter, and its bytes, tables of positions included."""
 
     name: str
     parameters: int
@@ -51,7 +51,9 @@ def estimate(source: str | None, target: Target, options: ExportOptions) -> Esti
         parameters, size = _size(part, plan)
         if not parameters:
             continue
-        parts.append(PartEstimate(name, parameters, 8 * size / parameters, size))
+        bits = 8 * size / parameters
+        size += sum(buffer.nbytes for buffer in part.module.buffers())  # rotary tables, mostly
+        parts.append(PartEstimate(name, parameters, bits, size))
         seconds += SECONDS_PER_PART
         if plan.default.quantized:
             seconds += parameters / ROUNDED_PER_SECOND

@@ -280,6 +280,8 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     zero_points: Tensor | None
     bias: Tensor | None
+    bits: int
+    block_size: int
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -306,6 +308,8 @@ class QuantizedEmbedding(nn.Module):
     packed: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    bits: int
+    block_size: int
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
@@ -331,11 +335,11 @@ class QuantizedEmbedding(nn.Module):
         return chosen.dequantize().reshape(*ids.shape, self.embedding_dim)
 
 
-def _register(module: nn.Module, weight: QuantizedWeight) -> None:
+def _register(module: QuantizedLinear | QuantizedEmbedding, weight: QuantizedWeight) -> None:
     module.register_buffer("packed", weight.packed)
     module.register_buffer("scales", weight.scales)
     module.register_buffer("zero_points", weight.zero_points)
-    module.bits, module.block_size = weight.bits, weight.block_size  # type: ignore[assignment]
+    module.bits, module.block_size = weight.bits, weight.block_size
 
 
 def _registered(module: QuantizedLinear | QuantizedEmbedding, shape: tuple[int, int]) -> QuantizedWeight:
@@ -343,8 +347,8 @@ def _registered(module: QuantizedLinear | QuantizedEmbedding, shape: tuple[int, 
         module.packed,
         module.scales,
         module.zero_points,
-        module.bits,  # type: ignore[arg-type]
-        module.block_size,  # type: ignore[arg-type]
+        module.bits,
+        module.block_size,
         shape,
     )
 

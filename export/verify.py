@@ -158,7 +158,7 @@ def check(part: str, bits: int, parity: Parity, worst: Callable[[], Sequence[str
             ("cosine to fp32", parity.cosine, floor.cosine),
             ("top-1 agreement", 1.0 if parity.top1 is None else parity.top1, floor.top1),
         )
-        if found < least
+        if not found >= least  # as NaN is not
     ]
     if not failed:
         return

@@ -1,4 +1,4 @@
-"""Writes a checkpoint with random weights in Meituan's MobileVLM V2 layout, to try an export's size and speed.
+"""Writes a checkpoint with random weights in Meituan's MobileVLM V2 layout, to try exports at full size.
 
     python scripts/random_checkpoint.py FOLDER [--size 1.7B] [--dtype bfloat16]
 

@@ -492,13 +492,15 @@ class _SkipSimplifiedLayerNorm(nn.Module):
 
 def _simplified_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # onnxruntime registers this operator of its own in the standard's domain.
-    attributes = {"epsilon": eps, "axis": -1, "stash_type": 1}
+    attributes: dict[str, Any] = {"epsilon": eps, "axis": -1, "stash_type": 1}
     return OPS.symbolic("SimplifiedLayerNormalization", [x, weight], attributes, dtype=x.dtype, shape=x.shape)
 
 
 class _MatMulNBits(nn.Module):
     packed: Tensor
     scales: Tensor
+    zero_points: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, linear: QuantizedLinear, accuracy_level: int) -> None:
         super().__init__()
@@ -508,7 +510,7 @@ class _MatMulNBits(nn.Module):
         self.register_buffer("zero_points", _packed_zero_points(linear))
         self.register_buffer("bias", linear.bias)
         self.rows, self.columns = linear.out_features, linear.in_features
-        self.attributes = {
+        self.attributes: dict[str, Any] = {
             "K": self.columns,
             "N": self.rows,
             "bits": linear.bits,
@@ -517,7 +519,7 @@ class _MatMulNBits(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs: list[Tensor | None] = [x, self.packed, self.scales, self.zero_points, None, self.bias]  # type: ignore[list-item]
+        inputs: list[Tensor | None] = [x, self.packed, self.scales, self.zero_points, None, self.bias]
         while inputs[-1] is None:
             inputs.pop()
         shape = (*x.shape[:-1], self.rows)
@@ -528,6 +530,10 @@ class _MatMulNBits(nn.Module):
 
 class _DynamicInt8Linear(nn.Module):
     """Weights int8 per row, activations quantized to uint8 at each run."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -550,6 +556,8 @@ class _DynamicInt8Linear(nn.Module):
 
 class _GatherBlockQuantized(nn.Module):
     packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
 
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
@@ -560,7 +568,7 @@ class _GatherBlockQuantized(nn.Module):
         self.register_buffer("zero_points", _packed_zero_points(embedding))
         self.width = embedding.embedding_dim
         self.padded = embedding.packed.shape[1] * embedding.block_size
-        self.attributes = {
+        self.attributes: dict[str, Any] = {
             "bits": embedding.bits,
             "block_size": embedding.block_size,
             "gather_axis": 0,
@@ -602,6 +610,10 @@ class _DequantizedEmbedding(nn.Module):
 
 class _BlockDequantize(nn.Module):
     """A quantized table by ONNX's DequantizeLinear, eight bits a code: standard at every opset from 21."""
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
 
     def __init__(self, module: QuantizedLinear | QuantizedEmbedding) -> None:
         super().__init__()

@@ -1,14 +1,24 @@
-"""A tiny decoder with random weights, and inputs as unevenly spread as those of trained models."""
+"""A tiny decoder with inputs as uneven as those of trained models; a tiny checkpoint and its bundles."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from mobilemm.errors import MobileMMError
+from mobilemm.export import verify
+from mobilemm.export.assemble import Result, export_bundle
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.decoder_spec import decoder_spec
+from mobilemm.export.pipeline import ExportOptions
+from mobilemm.export.quantization import make_plan
+from mobilemm.export.targets import find_target
+from tests.export.tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture
@@ -40,3 +50,51 @@ def tiny() -> tuple[Decoder, dict[str, Tensor], Tensor]:
     mixing = torch.randn(12, 96, generator=generator)
     embeddings = torch.randn(8, 48, 12, generator=generator) @ mixing
     return decoder, weights, embeddings + 0.2 * torch.randn(embeddings.shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multimodal checkpoint of a few hundred kilobytes."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, how it was asked for, and what was told meanwhile."""
+
+    result: Result
+    options: ExportOptions
+    told: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.result.bundle.folder
+
+
+@pytest.fixture(scope="session")
+def in_full(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """`checkpoint` as an ONNX bundle in float32."""
+    options = ExportOptions(plan=make_plan("fp32", vision="fp32"))
+    folder = tmp_path_factory.mktemp("bundles") / "full"
+    told: list[str] = []
+    result = export_bundle(str(checkpoint), find_target("onnx"), folder, options, report=told.append)
+    return Exported(result, options, tuple(told))
+
+
+@pytest.fixture(scope="session")
+def in_int4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """With the language model in 4 bits, the encoder in 8: finished in a second run.
+
+    In the first vision is held to a floor that nothing reaches; `told` is what both have said.
+    """
+    options = ExportOptions(plan=make_plan("int4", method="rtn", block_size=32))
+    folder = tmp_path_factory.mktemp("bundles") / "int4"
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(verify.FLOORS, "vision", dict.fromkeys((4, 8, 16, 32), verify.Floor(150, 0.98)))  # type: ignore[arg-type]
+        with pytest.raises(MobileMMError) as raised:
+            export_bundle(str(checkpoint), find_target("onnx"), folder, options, report=told.append)
+    told.append(f"error: {raised.value}")
+    assert not folder.exists()
+    result = export_bundle(str(checkpoint), find_target("onnx"), folder, options, report=told.append)
+    return Exported(result, options, tuple(told))

@@ -123,6 +123,12 @@ class OnnxDecoder:
         self._mask = np.ones((1, 0), np.int64)
         self._binding = session.io_binding()
         self._binding.bind_output("logits")  # first, so that it is the first of the outputs
+        # One position's logits, as each step asks for them, into memory that stays where it is.
+        vocabulary = outputs["logits"].shape[2]
+        steps = self._takes_logits_positions and not concatenated and isinstance(vocabulary, int)
+        dtype = DTYPES[outputs["logits"].type]
+        self._logits = np.zeros((1, 1, vocabulary), dtype) if steps else None
+        self._logits_value = None if self._logits is None else self._ort_value(self._logits)
         self._arrays = self._allocate(0)
         self._values = {name: self._ort_value(array) for name, array in self._arrays.items()}
 
@@ -160,8 +166,11 @@ class OnnxDecoder:
         for name, array in feeds.items():
             # Not bind_cpu_input, which does not know inputs that have a default.
             binding.bind_ortvalue_input(name, self._ort_value(array))
-        # Afresh each time, since the outputs' shapes change.
-        binding.bind_output("logits")
+        one = self._logits is not None and (logits_positions is None or len(logits_positions) == 1)
+        if one:
+            binding.bind_ortvalue_output("logits", self._logits_value)
+        else:  # afresh each time, since the shape changes
+            binding.bind_output("logits")
         if self.concatenated:
             for past, present in zip(self._past, self._present, strict=True):
                 binding.bind_ortvalue_input(past, self._values[past])
@@ -170,6 +179,9 @@ class OnnxDecoder:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise MobileMMError(f"{self._file}: the decoder failed ({one_line(error)})") from error
+        if one and self._logits is not None:
+            self._length = total
+            return self._logits.astype(np.float32)
         values = binding.get_outputs()
         kept = dict(zip(self._past, values[1:], strict=True)) if self.concatenated else self._values
         self._values, self._length = kept, total

@@ -98,7 +98,7 @@ def export(
     return part, model, exported
 
 
-FAST = ("llama", "qwen3", "smollm3", "gemma2")
+FAST = ("qwen3", "gemma2")
 
 
 @pytest.mark.parametrize(
@@ -293,22 +293,10 @@ def test_a_tied_table_is_stored_once(bits: Any, tmp_path: Path) -> None:
     wanted = table.dequantize()[torch.tensor(ids[0])].numpy()
     wanted[3] = features[0]
     np.testing.assert_allclose(found[0], wanted, rtol=1e-6, atol=0)
-
-
-def test_a_table_that_is_not_the_heads_is_refused(tmp_path: Path) -> None:
-    """Before it would point into a file that holds other numbers."""
-    model = random_language_model(config_of("llama", tie_word_embeddings=True, num_hidden_layers=1))
-    parts = parts_of(split_of(model), CONTEXT)
-    scheme = WeightScheme(4, 32)
-    table = quantize(model.get_input_embeddings().weight.detach(), scheme)
-    with torch.device("meta"):
-        decoder = Decoder(parts["decoder"].module.spec)  # type: ignore[arg-type]
-    quantize_decoder(decoder, parts["decoder"].weights, PartPlan(scheme), head=table)
-    OnnxTarget().write(parts["decoder"], decoder, tmp_path)
-    embed = share_tensors(parts["embed"].module)
+    # Another table would point at numbers that are not its own.
     embed.table = QuantizedEmbedding(replace(table, packed=table.packed ^ 1))
     with pytest.raises(MobileMMError, match="part 'embed': its table 'table' is not that of 'decoder'"):
-        OnnxTarget().write(parts["embed"], embed.eval(), tmp_path)
+        target.write(parts["embed"], embed, tmp_path)
 
 
 def test_six_bits_are_refused(tmp_path: Path) -> None:
