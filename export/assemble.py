@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from mobilemm.runtime.session import Session
 MAX_PARAMETERS_TO_RUN = 400_000_000
 QUESTION = "What is in this picture?"
 ANSWER_TOKENS = 24
+ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -78,7 +80,9 @@ def export_bundle(
     destination = Path(destination)
     with BundleWriter(destination, overwrite=overwrite):
         pass  # refuses an occupied place before anything is computed
+    read_calibration(options.calibration)  # and a set that cannot be used
     model = open_model(source, options, report)
+    _refuse_short_context(model)
     work = destination.with_name(f".{destination.name}.parts")
     prints = fingerprints(model, target, options)
     if destination.is_dir():
@@ -107,6 +111,19 @@ def export_bundle(
     answer = _pytorch_answer(model, bundle) if options.verify else None
     notes = tuple(note for record in records.values() for note in record.notes)
     return Result(bundle, records, answer, notes)
+
+
+def _refuse_short_context(model: Model) -> None:
+    """Raises MobileMMError when not even the golden conversation fits."""
+    needed = len(model.tokenizer.encode(ASKED)) + ANSWER_TOKENS
+    decoder = model.parts["decoder"].module
+    assert isinstance(decoder, Decoder)
+    context = decoder.spec.context_length
+    if needed > context:
+        raise MobileMMError(
+            f"--max-seq-len {context}: one picture, a question and an answer take {needed} tokens of this"
+            " model; give at least that"
+        )
 
 
 def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:
@@ -159,8 +176,14 @@ def write_tokenizer(model: Model, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         for name in TOKENIZER_FILES:
-            if (Path(temporary) / name).is_file():
-                shutil.copyfile(Path(temporary) / name, folder / name)
+            path = Path(temporary) / name
+            if path.is_file() and path.suffix == ".json":
+                # onnxruntime-genai stops at a null, such as that of a template that there is not.
+                settings = json.loads(path.read_text(encoding="utf-8"))
+                kept = {key: value for key, value in settings.items() if value is not None}
+                (folder / name).write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
+            elif path.is_file():
+                shutil.copyfile(path, folder / name)
         template = getattr(model.split.processor, "chat_template", None)
         if isinstance(template, str) and not (folder / "chat_template.jinja").exists():
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -187,16 +210,14 @@ def _converse(
     session = Session(bundle, open_backend(bundle), Sampling(max_new_tokens=ANSWER_TOKENS))
     session.look_at(folder / path)
     answer = session.reply(QUESTION)
-    ids = session.tokenizer.encode(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    )
+    ids = session.tokenizer.encode(ASKED)
     return manifest.GoldenConversation(
         image=path, prompt=QUESTION, input_ids=ids, answer_ids=session.answer_ids, answer=answer
     )
 
 
 def _pytorch_answer(model: Model, bundle: Bundle) -> str | None:
-    """What the checkpoint itself answers in the bundle's conversation, in fp32 by transformers' `generate`."""
+    """What the checkpoint itself answers in the bundle's conversation: fp32, transformers' `generate`."""
     if sum(parameter.numel() for parameter in model.torch_model.parameters()) > MAX_PARAMETERS_TO_RUN:
         return None
     (conversation,) = bundle.manifest.conversations

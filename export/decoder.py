@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder_spec import DecoderSpec, LayerSpec
+from mobilemm.export.memory import page_out
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,11 @@ class DecoderWeights(Mapping[str, Tensor]):
             if source not in self.tensors:
                 raise MobileMMError(f"language model {self.spec.model_type!r}: tensor {source!r} is missing")
         found = [self.tensors[source] for source in sources]
-        tensor = found[0] if len(found) == 1 else torch.cat(found)
+        tensor = found[0]
+        if len(found) > 1:
+            tensor = torch.cat(found)
+            for part in found:
+                page_out(part)
         if tensor.shape != self.shapes[name]:
             raise MobileMMError(
                 f"language model {self.spec.model_type!r}: tensor {sources[0]!r} has the shape"

@@ -55,11 +55,13 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "
         panel = remaining[start:end]
         for index, place in enumerate(range(start, end)):
             group, column = groups[place], panel[index]
+            # What the panel's errors before it have left to make up for. Adding each error to all columns
+            # behind it would come to the same, and write where this only reads.
+            column.addmv_(panel[:index].T, factor[start:place, place], alpha=-1)
             code = (column / divisors[group]).round_().add_(zero_points[group]).clamp_(0, top)
             codes[order[place]] = code
             column -= code.sub_(zero_points[group]).mul_(scales[group])
             column /= factor[place, place]
-            panel[index + 1 :].addr_(factor[place, place + 1 : end], column, alpha=-1)
         # The panel holds its errors now.
         remaining[end:].addmm_(factor[start:end, end:].T, panel, alpha=-1)
     shape = (weight.shape[0], scales.shape[0], block)
@@ -82,5 +84,7 @@ def _damped(hessian: Tensor, name: str) -> Tensor:
 def _order_and_factor(damped: Tensor) -> tuple[Tensor, Tensor]:
     """Columns by falling size of their inputs, and the upper Cholesky factor of the inverse in that order."""
     order = damped.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+    # Reversed in both directions, the inverse of a lower factor is the upper factor of the inverse: one
+    # factorization instead of two.
+    lower = torch.linalg.cholesky(damped[order][:, order].flip(0, 1))
+    return order, torch.linalg.solve_triangular(lower, torch.eye(len(order)), upper=False).flip(0, 1)

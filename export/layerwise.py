@@ -15,6 +15,7 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export.awq import smooth
 from mobilemm.export.decoder import Decoder, DecoderLayer, EagerCache
 from mobilemm.export.gptq import gptq
+from mobilemm.export.memory import page_out
 from mobilemm.export.quantization import PartPlan, QuantizedLinear, QuantizedWeight, WeightScheme
 from mobilemm.export.quantizers import check_finite, quantize
 
@@ -180,7 +181,9 @@ def load_parameters(module: nn.Module, weights: Mapping[str, Tensor], prefix: st
     for name, _ in list(module.named_parameters()):
         *path, last = name.split(".")
         owner = module.get_submodule(".".join(path))
-        value = weights[prefix + name].detach().to(torch.float32, copy=True)
+        source = weights[prefix + name].detach()
+        value = source.to(torch.float32, copy=True)
+        page_out(source)
         setattr(owner, last, nn.Parameter(value, requires_grad=False))
 
 

@@ -26,6 +26,7 @@ from mobilemm.export.calibration import CalibrationSample, default_calibration, 
 from mobilemm.export.decoder import Decoder, EagerCache
 from mobilemm.export.families import split_model
 from mobilemm.export.layerwise import needs_data, quantize_decoder
+from mobilemm.export.memory import page_out, release
 from mobilemm.export.parts import Part, parts_of
 from mobilemm.export.prompts import derive_prompt
 from mobilemm.export.quantization import (
@@ -190,6 +191,9 @@ def export_parts(
         keep_record(work, name, record)
         records[name] = record
         del module
+        for weight in part.weights.values() if not isinstance(part.module, Decoder) else ():
+            page_out(weight)
+        release()
     return records
 
 
@@ -261,16 +265,18 @@ def _quantized(
             return verify.with_weights(module, part.weights), plan
         module.table = QuantizedEmbedding(table)
         return module.eval(), plan
-    module = verify.with_weights(part.module, part.weights)
+    module = verify.share_tensors(part.module)
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     _refuse_unused(part.name, plan, linears)
     for name, linear in linears.items():
         scheme = plan.scheme(name)
         if scheme.quantized:
             owner, _, last = name.rpartition(".")
-            weight = quantize(linear.weight, scheme, f"{part.name}.{name}")
-            setattr(module.get_submodule(owner), last, QuantizedLinear(weight, linear.bias))
-    return module, plan
+            weight = quantize(linear.weight.detach().float(), scheme, f"{part.name}.{name}")
+            bias = None if linear.bias is None else linear.bias.detach().float()
+            setattr(module.get_submodule(owner), last, QuantizedLinear(weight, bias))
+            page_out(linear.weight.detach())
+    return verify.with_weights(module, part.weights), plan
 
 
 def _set_cache_scales(model: Model, decoder: Decoder, samples: Sequence[CalibrationSample]) -> None:
@@ -338,7 +344,7 @@ def calibration_embeddings(model: Model, samples: Sequence[CalibrationSample]) -
         if total >= wanted:
             break
     together = torch.cat(pieces)
-    length = min(CALIBRATION_LENGTH, len(together))
+    length = min(CALIBRATION_LENGTH, spec.context_length, len(together))
     return together[: len(together) // length * length].view(-1, length, together.shape[1])
 
 
@@ -369,17 +375,18 @@ class _Proof:
     """What the parts are verified on: pictures, and conversations about them, of the calibration set."""
 
     def __init__(self, model: Model, samples: Sequence[CalibrationSample]) -> None:
-        with_picture = [sample for sample in samples if sample.files]
-        chosen = (with_picture or list(samples))[0]
-        self.ids, self.pictures = _encoded(model, chosen)
+        longest = model.parts["decoder"].module.spec.context_length  # type: ignore[union-attr]
+        for sample in (sample for sample in samples if sample.files):
+            self.ids, self.pictures = _encoded(model, sample)
+            if self._behind_pictures(model) <= longest:
+                break
+        else:
+            self.pictures = [np.full((3, model.split.image.height, model.split.image.width), 128, np.uint8)]
+            self.ids = [model.split.image_token_id] * model.split.num_image_tokens
         text = next((sample for sample in samples if not sample.files), None)
         if text is not None:
             self.ids += _encoded(model, text)[0]
-        self.ids = self.ids[: max(VERIFY_TOKENS, self._behind_pictures(model))]
-        if not self.pictures:
-            gray = np.full((3, model.split.image.height, model.split.image.width), 128, np.uint8)
-            self.pictures = [gray]
-            self.ids = [*[model.split.image_token_id] * model.split.num_image_tokens, *self.ids]
+        self.ids = self.ids[: min(max(VERIFY_TOKENS, self._behind_pictures(model)), longest)]
         self.embeddings = _embedded(model, self.ids, self.pictures)
 
     def _behind_pictures(self, model: Model) -> int:

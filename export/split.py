@@ -25,8 +25,8 @@ class SplitModel:
         image_token_id: the placeholder of such a position in `input_ids`.
         text_config: transformers' config of the language model.
         text_weights: its tensors under the names of transformers' causal LM classes
-            (`model.embed_tokens.weight`, `model.layers.0.…`, `model.norm.weight`, `lm_head.weight` if untied),
-            mapped from disk where the checkpoint allows it.
+            (`model.embed_tokens.weight`, `model.layers.0.…`, `model.norm.weight`, and `lm_head.weight` if
+            untied), mapped from disk where the checkpoint allows it.
         processor: transformers' or our processor, for tokenizer and chat template.
         image_prefix, image_suffix: text around a picture's placeholders, beside what the template writes.
     """

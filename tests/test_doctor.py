@@ -96,6 +96,22 @@ def test_a_missing_extra_is_a_notice(installed: dict[str, str]) -> None:
     assert not doctor.failed(list(findings.values()))
 
 
+def test_what_only_developers_need_is_installed_by_make(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = Message()
+    extras["Requires-Python"] = ">=3.10"
+    extras["Provides-Extra"] = "dev"
+    extras["Provides-Extra"] = "judges"
+    monkeypatch.setattr(Distribution, "metadata", extras)
+    requires = ('ruff>=0.14; extra == "dev"', 'llama-cpp-python==0.3.36; extra == "judges"')
+    monkeypatch.setattr(Distribution, "requires", requires)
+    found = requirements()
+    assert found["ruff"].command == "make setup"
+    assert found["llama-cpp-python"].command == "make judges"
+    assert not doctor.failed(list(found.values()))
+
+
 def test_an_old_python_is_broken(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.python_version", lambda: "3.9.18")
     assert requirements()["python"].status == "broken"

@@ -7,18 +7,23 @@ from typing import Any
 
 from mobilemm.runtime.manifest import Manifest
 
-# onnxruntime-genai knows no model of ours. This type of its own runs the same three parts: vision, embedding
-# that splices features in, and a decoder that takes embeddings.
-MODEL_TYPE = "gemma3"
+# onnxruntime-genai knows no model of ours. These types of its own run the same three parts: vision, embedding
+# that splices features in, and a decoder that takes embeddings; the second counts positions in three
+# dimensions.
+MODEL_TYPE, MROPE_MODEL_TYPE = "gemma3", "qwen2_5_vl"
 
 
 def genai_config(manifest: Manifest) -> str:
     """The file's content. What it cannot say, preparing pictures and the prompt, stays with the app.
 
-    Source: onnxruntime-genai 0.18, src/config.h.
+    The decoder's logits must be declared as those of one position: onnxruntime-genai allocates them itself,
+    for every position of the prompt unless the file says 1.
+
+    Source: onnxruntime-genai 0.18, src/config.h, src/models/logits.cpp and position_inputs.cpp.
     """
     model = manifest.model
     parts = manifest.parts
+    mrope = any(value.name == "position_ids" for value in parts["decoder"].inputs)
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": parts["decoder"].file,
@@ -30,6 +35,7 @@ def genai_config(manifest: Manifest) -> str:
         "inputs": {
             "inputs_embeds": "inputs_embeds",
             "attention_mask": "attention_mask",
+            **({"position_ids": "position_ids"} if mrope else {}),
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },
@@ -41,7 +47,7 @@ def genai_config(manifest: Manifest) -> str:
     }
     config = {
         "model": {
-            "type": MODEL_TYPE,
+            "type": MROPE_MODEL_TYPE if mrope else MODEL_TYPE,
             "bos_token_id": model.bos_token_id if model.bos_token_id is not None else model.eos_token_ids[0],
             "eos_token_id": model.eos_token_ids,
             "pad_token_id": model.pad_token_id,
@@ -60,6 +66,10 @@ def genai_config(manifest: Manifest) -> str:
                 "outputs": {"image_features": "image_features"},
             },
         },
-        "search": {"max_length": model.context_length, "past_present_share_buffer": True, "do_sample": False},
+        "search": {
+            "max_length": model.context_length,
+            "past_present_share_buffer": parts["decoder"].cache == "shared",
+            "do_sample": False,
+        },
     }
     return json.dumps(config, indent=2) + "\n"

@@ -152,6 +152,10 @@ def _graph(part: Part, module: nn.Module, options: OnnxOptions) -> Any:
     """The part as an onnx_ir model."""
     import onnx_ir
 
+    if not options.standard_ops:
+        for child in module.modules():
+            if isinstance(child, DecoderLayer):
+                _fuse_gate_up(child)  # in the module itself, so that both forms are not held at once
     lowered = lower(share_tensors(module), options)
     inputs = dict(part.inputs)
     if part.cache is not None:
@@ -413,8 +417,6 @@ def _dynamic_shapes(part: Part, inputs: dict[str, Any]) -> Any:
 def lower(module: nn.Module, options: OnnxOptions) -> nn.Module:
     """Puts modules that emit ONNX operators in the places of quantized layers and norms."""
     for name, child in list(module.named_children()):
-        if isinstance(child, DecoderLayer) and not options.standard_ops:
-            _fuse_gate_up(child)
         replacement = _lowered(child, options)
         if replacement is not None:
             setattr(module, name, replacement)

@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import mobilemm
+from tests.runtime.bundles import write_bundle
+
 Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def bundle(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(*mobilemm.load(pristine), tmp_path_factory.mktemp("errors") / "bundle")
 
 
 def shards(folder: Path) -> list[Path]:
@@ -129,6 +137,65 @@ def test_a_system_prompt_where_the_template_takes_none(run: Run, folder: Path) -
     assert "no system here" in run("chat", folder, "--system", "a", "-p", "b").error
 
 
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_what_is_no_bundle_goes_nowhere(run: Run, folder: Path, tmp_path: Path, command: str) -> None:
+    there = tmp_path / "there"
+    assert "there is no such folder" in run(command, tmp_path / "none", there).error
+    assert f"{folder}: is no bundle" in run(command, folder, there).error
+    assert not there.exists()
+
+
+def test_push_publishes_nothing_by_mistake(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle.parent)
+    assert "Write hub:someone/bundle to publish" in run("push", bundle, "someone/bundle").error
+    assert "hub:nonsense" in run("push", bundle, "hub:nonsense").error
+
+
+def test_nothing_but_a_bundle_is_replaced(run: Run, bundle: Path, folder: Path) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    assert f"{folder}: is there already and is no bundle" in run("push", bundle, folder).error
+    assert f"{folder}: is there already and is no bundle" in run("pull", bundle, folder).error
+    ended = run("export", folder, "-o", folder, "--force")
+    assert ended.code == 2
+    assert f"{folder}: is there already and is no bundle" in ended.stderr.splitlines()[-1]
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--target", "abacus"], "unknown target 'abacus'; known: onnx"),
+        (["-t", "onnx", "-t", "abacus", "-o", "there"], "with several targets leave -o out"),
+        (["--dtype", "int3"], "'int3' is no precision; choose from int4, int6, int8, fp16, fp32"),
+        (["--q-method", "nonsense"], "the method 'nonsense' is not known; choose from rtn, hqq, gptq, awq"),
+        (["--block-size", 33], "a block of 33 weights is not known"),
+        (["--q-keep", "layers.0"], "--q-keep 'layers.0': must be PATTERN=BITS"),
+        (["--q-keep", "nonsense.*=8"], "no layer of 'decoder' is named 'nonsense.*'"),
+        (["--calibration", "none.json"], "none.json: cannot be read (No such file or directory)"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_export_says_what_it_cannot_do(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any], why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run("export", folder, *options)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith("error: ")
+    assert why in ended.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("*-onnx"))
+
+
+def test_export_of_no_model(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    there = tmp_path / "there"
+    assert "there is no such folder" in run("export", tmp_path / "none", "-o", there).stderr.splitlines()[-1]
+    ended = run("export", tmp_path / "empty", "-o", there)
+    assert ended.code == 2
+    assert "empty/config.json: there is no such file" in ended.stderr.splitlines()[-1]
+    assert not there.exists()
+
+
 def test_wrong_usage(run: Run, folder: Path) -> None:
     for arguments in (
         ["chat", folder, "--temperature", "-1"],
@@ -136,6 +203,9 @@ def test_wrong_usage(run: Run, folder: Path) -> None:
         ["chat", folder, "--seed", "-1"],
         ["chat", folder, "--nonsense"],
         ["nonsense"],
+        ["run"],
+        ["push", folder],
+        ["export", folder, "--max-seq-len", 1],
     ):
         ended = run(*arguments)
         assert ended.code == 2

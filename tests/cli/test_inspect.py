@@ -1,4 +1,4 @@
-"""`mobilemm inspect`: the card as a table and as JSON."""
+"""`mobilemm inspect`: the card of a model, and of a bundle, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mobilemm
+from tests.runtime.tiny_bundle import BLOCK, rehash, tiny_manifest, write_parts
 
 Run = Callable[..., Any]
 
@@ -47,3 +48,28 @@ def test_the_default_model_needs_no_weights(run: Run, monkeypatch: Any, tmp_path
     assert [part["name"] for part in card["parts"]] == ["vision_encoder", "projector", "language_model"]
     assert card["image_tokens"] == 16
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_bundle(run: Run, tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    draft = tiny_manifest().model_dump(mode="json")
+    paths = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    draft["files"] = [
+        {"path": path.relative_to(tmp_path).as_posix(), "bytes": 0, "sha256": ""} for path in paths
+    ]
+    (tmp_path / "manifest.json").write_text(json.dumps(draft))
+    rehash(tmp_path)
+    ended = run("inspect", tmp_path)
+    assert (ended.code, ended.stderr) == (0, "")
+    decoder = next(line for line in ended.stdout.splitlines() if line.startswith("│ decoder"))
+    size = sum(path.stat().st_size for path in paths if path.name.startswith("decoder.onnx"))
+    for text in (f"4 / {BLOCK}", f"{size / 1e6:,.1f}", "0.99900", "30.2 dB", "98.0%", "KL 0.002"):
+        assert text in decoder
+    embed = next(line for line in ended.stdout.splitlines() if line.startswith("│ embed"))
+    assert "not verified" in embed
+    for text in ("onnxruntime 1.24.0", "4 × 4 px (pad), 4 tokens", "64 tokens", "apache-2.0"):
+        assert text in ended.stdout
+    card = json.loads(run("inspect", tmp_path, "--json").stdout)
+    assert card == json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "parts" / "vision.onnx").unlink()
+    assert "vision.onnx" in run("inspect", tmp_path).error

@@ -15,7 +15,18 @@ import mobilemm
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
 
-HEAVY = ["torch", "transformers", "numpy", "PIL", "huggingface_hub", "timm", "accelerate"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "numpy",
+    "PIL",
+    "huggingface_hub",
+    "timm",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+]
+COMMANDS = ["export", "verify", "run", "chat", "inspect", "push", "pull", "doctor"]
 
 
 def python(*arguments: object, encoding: str = "utf-8", **options: Any) -> subprocess.CompletedProcess[str]:
@@ -24,7 +35,7 @@ def python(*arguments: object, encoding: str = "utf-8", **options: Any) -> subpr
     return subprocess.run(command, capture_output=True, encoding=encoding, timeout=300, **options)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["chat", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help_imports_nothing_heavy_and_is_quick(arguments: list[str]) -> None:
     code = f"""
 import sys, time
@@ -43,7 +54,7 @@ print("seconds:", time.process_time())
     assert heavy == "heavy: []"
     assert float(seconds.split()[1]) < 1.0
     if arguments == ["--help"]:
-        for name in ("chat", "inspect", "doctor"):
+        for name in COMMANDS:
             assert name in "\n".join(help_text)
 
 

@@ -98,3 +98,12 @@ def in_int4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expor
     assert not folder.exists()
     result = export_bundle(str(checkpoint), find_target("onnx"), folder, options, report=told.append)
     return Exported(result, options, tuple(told))
+
+
+@pytest.fixture(scope="session")
+def default_in_full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model as an ONNX bundle in float32, not verified. Only for slow tests."""
+    options = ExportOptions(plan=make_plan("fp32", vision="fp32"), verify=False)
+    folder = tmp_path_factory.mktemp("bundles") / "default"
+    export_bundle(None, find_target("onnx"), folder, options)
+    return folder

@@ -2,9 +2,9 @@
 
 One process imports everything and converts the parts, which happens in memory and leaves nothing on the
 disk. Then it forks a child for each trial. The child runs the whole of `export_bundle`, from reading the
-checkpoint to the bundle in its place, with the graphs that lie converted in its memory, and is killed a random
-time behind a random line of its report: so the moments are spread over the whole run however busy the machine
-is. (All threads, those of onnxruntime among them, are started behind the fork.)
+checkpoint to the bundle in its place, with the graphs that lie converted in its memory, and is killed a
+random time behind a random line of its report: so the moments are spread over the whole run however busy
+the machine is. (All threads, those of onnxruntime among them, are started behind the fork.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,33 @@
+"""Memory given back early, so that a large model can be exported on a small machine (on Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import sys
+
+from torch import Tensor
+
+# Linux' advice that pages are not needed soon: a file's are dropped, and read again when touched. Unlike
+# MADV_DONTNEED it never loses what only memory holds.
+MADV_PAGEOUT = 21
+
+
+def page_out(tensor: Tensor) -> None:
+    """Drops a tensor's pages from memory, if they are mapped from a file."""
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_PAGEOUT)
+
+
+def release() -> None:
+    """Collects cycles, as exporters leave them behind, and returns freed memory to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
