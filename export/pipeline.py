@@ -375,7 +375,9 @@ class _Proof:
     """What the parts are verified on: pictures, and conversations about them, of the calibration set."""
 
     def __init__(self, model: Model, samples: Sequence[CalibrationSample]) -> None:
-        longest = model.parts["decoder"].module.spec.context_length  # type: ignore[union-attr]
+        decoder = model.parts["decoder"].module
+        assert isinstance(decoder, Decoder)
+        longest = decoder.spec.context_length
         for sample in (sample for sample in samples if sample.files):
             self.ids, self.pictures = _encoded(model, sample)
             if self._behind_pictures(model) <= longest:

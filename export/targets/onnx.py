@@ -199,9 +199,12 @@ def _name_dimensions(part: Part, model: Any) -> None:
 
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
-        names = dict(part.dynamic.get(value.name, {}))
+        names: dict[int, str | int] = dict(part.dynamic.get(value.name, {}))
         if value.name == "attention_mask":
             names = {0: "batch", 1: "total_length"}
+        elif value.name == "logits" and part.cache is not None:
+            # What it gives unless asked otherwise; onnxruntime-genai only takes a last position declared so.
+            names = {0: "batch", 1: 1}
         elif value.name.startswith("past_key_values."):
             names = {0: "batch", 2: "past_length"}
         elif value.name.startswith("present."):
