@@ -261,7 +261,7 @@ def _onnx_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
             )
             return
         for name in names:
-            yield from _tensor_faults("decoder", decoder, side, name, cache)
+            yield from _tensor_faults("decoder", decoder, side, name, cache, (*FLOATS, "int8"))
 
 
 FLOATS = ("float32", "float16")

@@ -169,7 +169,7 @@ def test_inputs_and_outputs_have_the_contracts_names(llama: tuple[Part, Any, Exp
         },
     }
     assert {one.name: (one.dtype, one.shape) for one in exported.outputs} == {
-        "logits": ("float32", ["batch", "positions", 97]),
+        "logits": ("float32", ["batch", 1, 97]),
         **{
             f"present.{layer}.{kind}": ("float32", ["batch", 2, "total_length", 16])
             for layer in range(2)
