@@ -39,6 +39,8 @@ from mobilemm.runtime.session import Session
 
 # Beyond this fp32 copies for a comparison of answers would take more memory than the export itself.
 MAX_PARAMETERS_TO_RUN = 400_000_000
+# An int8 cache is young: the only release it was run on.
+INT8_CACHE_RUNTIME = "1.31.0"
 QUESTION = "What is in this picture?"
 ANSWER_TOKENS = 24
 ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
@@ -138,11 +140,14 @@ def describe(model: Model, target: Target, records: dict[str, Record]) -> manife
     if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
         eos_ids.append(tokenizer_eos)
     pad = text.pad_token_id
+    runtime = target.runtime
+    if any(one.dtype == "int8" for record in records.values() for one in record.part.inputs):
+        runtime = runtime.model_copy(update={"min_version": INT8_CACHE_RUNTIME})
     return manifest.Manifest(
         schema_version=1,
         created_by={**created_by(), **runtime_version(target.name), "machine": machine()},
         target=target.name,
-        runtime=target.runtime,
+        runtime=runtime,
         model=manifest.ModelCard(
             name=model.name,
             family=split.family,
