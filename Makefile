@@ -104,13 +104,13 @@ $(STAMP):
 	@rm -f $(VENV)/.setup-*
 	@touch $@
 
-# Of llama.cpp the libraries alone, 125 of 178 files: what its command line tools share is not compiled. Its CMake
-# file forces that option on, but for a variable of this name that is no cache entry.
+# Of llama.cpp the libraries alone.
+LLAMA_FLAGS := -DLLAMA_CURL=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF
 $(JUDGES): $(STAMP)
 	@command -v c++ > /dev/null \
 		|| { echo "error: llama.cpp needs a C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
-	@echo 'set(LLAMA_BUILD_COMMON OFF)' > $(VENV)/llama_cpp.cmake
-	@export CMAKE_ARGS="'-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/$(VENV)/llama_cpp.cmake'" \
+	@export CMAKE_ARGS="$(LLAMA_FLAGS)" \
 		UV_BUILD_CONSTRAINT=$(TESTED) PIP_BUILD_CONSTRAINT=$(TESTED); $(call install,$(PROJECT_AND_JUDGES))
 	@rm -f $(VENV)/.judges-*
 	@touch $@
