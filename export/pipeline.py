@@ -210,10 +210,12 @@ def fingerprints(model: Model, target: Target, options: ExportOptions) -> dict[s
             target.fingerprint,
             name,
             repr(plan),
-            repr(options.budget),
-            repr(options.int8_cache),
             repr({key: (value.shape, value.dtype) for key, value in part.inputs.items()}),
-            repr(getattr(part.module, "spec", None) and part.module.spec.context_length),  # type: ignore[union-attr]
+            *(
+                [f"{part.module.spec.context_length} {options.budget} {options.int8_cache}"]
+                if isinstance(part.module, Decoder)
+                else []
+            ),
             repr(options.verify),
             hashlib.sha256(calibration).hexdigest(),
             *(prints[owner] for owner, _ in part.shared.values()),
