@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,9 @@ from PIL import Image as PIL
 from mobilemm.errors import MobileMMError
 from mobilemm.export.bundle import BundleWriter, recover
 from mobilemm.export.calibration import read_calibration
-from mobilemm.export.decoder import Decoder
-from mobilemm.export.pipeline import (
-    ExportOptions,
-    Model,
-    Record,
-    Report,
-    created_by,
-    export_parts,
-    fingerprints,
-    keep_record,
-    open_model,
-)
+from mobilemm.export.model import Model, Report, open_model
+from mobilemm.export.options import ExportOptions
+from mobilemm.export.pipeline import Record, created_by, export_parts, fingerprints, keep_record
 from mobilemm.export.targets import Target
 from mobilemm.runtime import manifest
 from mobilemm.runtime.backends import open_backend
@@ -70,35 +62,65 @@ def export_bundle(
     overwrite: bool = False,
     report: Report = lambda _: None,
 ) -> Result:
-    """A checkpoint (None: the default model) → a verified bundle at `destination`.
+    """A checkpoint (None: the default model) → a verified bundle at `destination`; see `export_bundles`."""
+    (result,) = export_bundles(source, [(target, destination)], options, overwrite=overwrite, report=report)
+    return result
 
-    Finished parts are kept beside it, in a hidden folder, until the bundle is whole: a broken export goes on
-    where it stopped. With `overwrite`, parts of the bundle that is there are taken over when they were made
-    from the same.
 
-    Raises MobileMMError for whatever cannot be read, expressed or verified; nothing is at `destination` then,
-    or what was there before.
+def export_bundles(
+    source: str | None,
+    places: Sequence[tuple[Target, Path]],
+    options: ExportOptions,
+    *,
+    overwrite: bool = False,
+    report: Report = lambda _: None,
+) -> Iterator[Result]:
+    """A checkpoint (None: the default model) → a verified bundle of each target, one after the other.
+
+    The checkpoint is read once, and its decoder quantized once. Finished parts are kept beside the bundle, in
+    a hidden folder, until it is whole: a broken export goes on where it stopped. With `overwrite`, parts of
+    the bundle that is there are taken over when they were made from the same.
+
+    Raises MobileMMError for whatever cannot be read, expressed or verified; nothing is at that destination
+    then, or what was there before.
     """
-    destination = Path(destination)
-    with BundleWriter(destination, overwrite=overwrite):
-        pass  # refuses an occupied place before anything is computed
+    places = [(target, Path(destination)) for target, destination in places]
+    for _, destination in places:
+        with BundleWriter(destination, overwrite=overwrite):
+            pass  # refuses an occupied place before anything is computed
     read_calibration(options.calibration)  # and a set that cannot be used
     model = open_model(source, options, report)
-    _refuse_short_context(model)
+    store = places[0][1].with_name(f".{places[0][1].name}.quantized")
+    expected = _PytorchAnswer(model)
+    for target, destination in places:
+        contextual = model.with_context(options.context_length or target.default_context)
+        _refuse_short_context(contextual)
+        yield _export(contextual, target, destination, options, overwrite, report, store, expected)
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def _export(
+    model: Model,
+    target: Target,
+    destination: Path,
+    options: ExportOptions,
+    overwrite: bool,
+    report: Report,
+    store: Path,
+    expected: _PytorchAnswer,
+) -> Result:
     work = destination.with_name(f".{destination.name}.parts")
-    prints = fingerprints(model, target, options)
     if destination.is_dir():
-        _take_over(destination, work, prints)
-    records = export_parts(model, target, options, work, report)
+        _take_over(destination, work, fingerprints(model, target, options))
+    records = export_parts(model, target, options, work, report, store)
     report("assembling")
     with BundleWriter(destination, overwrite=overwrite) as writer:
         folder = writer.folder
-        (folder / "parts").mkdir()
         (folder / "golden").mkdir()
         for name, record in records.items():
             for file in record.part.files:
                 if not (folder / file).exists():
-                    shutil.copyfile(work / Path(file).name, folder / file)
+                    _copy(work / _in_work(file), folder / file)
             if record.golden is not None:
                 shutil.copyfile(work / f"{name}.safetensors", folder / record.golden.file)
         write_tokenizer(model, folder)
@@ -110,7 +132,7 @@ def export_bundle(
         )
         bundle = writer.finish(draft, model.license_text)
     shutil.rmtree(work, ignore_errors=True)
-    answer = _pytorch_answer(model, bundle) if options.verify else None
+    answer = expected(bundle) if options.verify else None
     notes = tuple(note for record in records.values() for note in record.notes)
     return Result(bundle, records, answer, notes)
 
@@ -118,9 +140,7 @@ def export_bundle(
 def _refuse_short_context(model: Model) -> None:
     """Raises MobileMMError when not even the golden conversation fits."""
     needed = len(model.tokenizer.encode(ASKED)) + ANSWER_TOKENS
-    decoder = model.parts["decoder"].module
-    assert isinstance(decoder, Decoder)
-    context = decoder.spec.context_length
+    context = model.decoder.spec.context_length
     if needed > context:
         raise MobileMMError(
             f"--max-seq-len {context}: one picture, a question and an answer take {needed} tokens of this"
@@ -130,9 +150,7 @@ def _refuse_short_context(model: Model) -> None:
 
 def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:
     """The manifest, but for its files and conversation."""
-    split, decoder = model.split, model.parts["decoder"].module
-    assert isinstance(decoder, Decoder)
-    spec = decoder.spec
+    split, spec = model.split, model.decoder.spec
     text = split.text_config
     eos = text.eos_token_id
     eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []
@@ -221,17 +239,39 @@ def _converse(
     )
 
 
-def _pytorch_answer(model: Model, bundle: Bundle) -> str | None:
-    """What the checkpoint itself answers in the bundle's conversation: fp32, transformers' `generate`."""
-    if sum(parameter.numel() for parameter in model.torch_model.parameters()) > MAX_PARAMETERS_TO_RUN:
-        return None
-    (conversation,) = bundle.manifest.conversations
-    session = ChatSession(
-        model.torch_model.float(), model.split.processor, Sampling(max_new_tokens=ANSWER_TOKENS)
-    )
-    if conversation.image is not None:
-        session.look_at(bundle.path(conversation.image))
-    return session.reply(conversation.prompt)
+class _PytorchAnswer:
+    """What the checkpoint itself answers in a bundle's conversation: fp32, transformers' `generate`."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[tuple[str, str], str] = {}
+
+    def __call__(self, bundle: Bundle) -> str | None:
+        """None for a model that is too large to be run beside the export."""
+        torch_model = self.model.torch_model
+        if sum(parameter.numel() for parameter in torch_model.parameters()) > MAX_PARAMETERS_TO_RUN:
+            return None
+        (conversation,) = bundle.manifest.conversations
+        picture = bundle.path(conversation.image).read_bytes() if conversation.image is not None else b""
+        key = conversation.prompt, hashlib.sha256(picture).hexdigest()
+        if key not in self.known:
+            session = ChatSession(
+                torch_model.float(), self.model.split.processor, Sampling(max_new_tokens=ANSWER_TOKENS)
+            )
+            if picture:
+                session.look_at(picture)
+            self.known[key] = session.reply(conversation.prompt)
+        return self.known[key]
+
+
+def _in_work(file: str) -> str:
+    """A part's file, as the manifest names it, in the folder of finished parts."""
+    return file.removeprefix("parts/")
+
+
+def _copy(source: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
 
 
 def _take_over(destination: Path, work: Path, prints: dict[str, str]) -> None:
@@ -246,6 +286,6 @@ def _take_over(destination: Path, work: Path, prints: dict[str, str]) -> None:
                 continue
             work.mkdir(parents=True, exist_ok=True)
             for file in part.files:
-                shutil.copyfile(old.path(file), work / Path(file).name)
+                _copy(old.path(file), work / _in_work(file))
             shutil.copyfile(old.path(vectors.file), work / f"{name}.safetensors")
             keep_record(work, name, Record(part, vectors))

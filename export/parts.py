@@ -98,6 +98,22 @@ class Embed(nn.Module):
         return torch.where(is_image[..., None], padded[rows], embeds)
 
 
+class TokenEmbedding(nn.Module):
+    """The table of an `Embed` alone, for runtimes where pictures' rows are laid over outside of the graph.
+
+    Shapes: ids (batch, length), none of them beyond the table → (batch, length, width). See
+    `mobilemm.runtime.embedding`.
+    """
+
+    def __init__(self, embed: Embed) -> None:
+        super().__init__()
+        self.table, self.scale = embed.table, embed.scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds = self.table(input_ids)
+        return embeds * self.scale if self.scale != 1.0 else embeds
+
+
 def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, Part]:
     """The parts of a model: vision, embed, decoder.
 

@@ -8,9 +8,11 @@ from torch import nn
 
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.layerwise import needs_data
+from mobilemm.export.model import open_model
+from mobilemm.export.options import ExportOptions
 from mobilemm.export.parts import Part
-from mobilemm.export.pipeline import CALIBRATION_TOKENS, ExportOptions, open_model
 from mobilemm.export.quantization import PartPlan
+from mobilemm.export.quantized_parts import CALIBRATION_TOKENS
 from mobilemm.export.targets import Target
 
 # Measured on two cores of a server: weights rounded, and moved through calibration, a second; the rest of an
@@ -43,6 +45,7 @@ class Estimate:
 def estimate(source: str | None, target: Target, options: ExportOptions) -> Estimate:
     """Takes the model apart and reckons, without quantizing or converting anything."""
     model = open_model(source, options)
+    model = model.with_context(options.context_length or target.default_context)
     parts: list[PartEstimate] = []
     seconds = 0.0
     largest = 0.0

@@ -22,11 +22,12 @@ TARGETS = ("onnx",)
 
 @dataclass(frozen=True)
 class Exported:
-    """One part as files of a target, by names in the folder that it was written to, what is opened first.
+    """One part as files of a target, by their paths in the folder that it was written to.
 
-    `notes` are for whoever exports.
+    `file` is what the runtime opens: one of `files`, or a folder of them. `notes` are for whoever exports.
     """
 
+    file: str
     files: tuple[str, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -49,8 +50,22 @@ class Target(Protocol):
     def fingerprint(self) -> str:
         """All options and versions that what is written depends on."""
 
+    @property
+    def default_context(self) -> int:
+        """Positions that a conversation may have unless it is said otherwise, or the model knows fewer."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether all parts end in one file."""
+
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
-        """Writes one part into `folder`, where the parts that it shares tables with lie already."""
+        """Writes one part into `folder`, where the parts that it shares tables with lie already.
+
+        What lies there from an earlier, broken try is replaced.
+        """
+
+    def join(self, exported: Mapping[str, Exported], folder: Path) -> Mapping[str, Exported]:
+        """All parts as one file, where the target joins them; those of each part alone are removed."""
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
         """The first output of a written part on the target's runtime, a cache being empty.

@@ -30,7 +30,14 @@ from mobilemm.export.decoder import (
 from mobilemm.export.parts import Part
 from mobilemm.export.quantization import QuantizedEmbedding
 from mobilemm.export.targets import Exported
-from mobilemm.export.targets.onnx_lowering import CONTRIB, OPS, OnnxOptions, fuse_gate_up, lower
+from mobilemm.export.targets.onnx_lowering import (
+    CONTRIB,
+    OPS,
+    OnnxOptions,
+    dequantizes_blocks,
+    fuse_gate_up,
+    lower,
+)
 from mobilemm.export.targets.onnx_mobile import usability, write_ort
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
@@ -49,6 +56,8 @@ class OnnxTarget:
     """
 
     name: Literal["onnx"] = "onnx"
+    default_context = 8192
+    joins = False
 
     def __init__(self, options: OnnxOptions | None = None) -> None:
         self.options = options or OnnxOptions()
@@ -97,16 +106,19 @@ class OnnxTarget:
             cache: Literal["shared", "concatenated"] = (
                 "concatenated" if self.options.standard_ops else "shared"
             )
-            return Exported(tuple(files), inputs, outputs, cache)
+            return Exported(path.name, tuple(files), inputs, outputs, cache)
         notes = (f"{part.name} on accelerators: {usability(path)}",) if part.name == "vision" else ()
-        return Exported(tuple(files), inputs, outputs, notes=notes)
+        return Exported(path.name, tuple(files), inputs, outputs, notes=notes)
+
+    def join(self, exported: Mapping[str, Exported], folder: Path) -> Mapping[str, Exported]:
+        return exported
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        file = str(folder / exported.files[0])
+        file = str(folder / exported.file)
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         feeds = {name: np.asarray(value) for name, value in inputs.items()}
         if part.cache is not None:
@@ -137,6 +149,8 @@ def _graph(part: Part, module: nn.Module, options: OnnxOptions) -> Any:
     if part.cache is not None:
         inputs, lowered = _with_cache(part, lowered, options)
     opset = options.vision_opset if part.name == "vision" else options.opset
+    if dequantizes_blocks(lowered):
+        opset = max(opset, 21)
     outputs = list(part.outputs)
     if part.cache is not None:
         outputs += [name.replace("past_key_values", "present") for name in cache_names(part.cache.num_layers)]

@@ -233,7 +233,7 @@ class _DequantizedEmbedding(nn.Module):
 
 
 class _BlockDequantize(nn.Module):
-    """A quantized table by ONNX's DequantizeLinear, eight bits a code: standard at every opset from 21."""
+    """A quantized table by ONNX's DequantizeLinear, eight bits a code: in blocks from opset 21 on."""
 
     codes: Tensor
     scales: Tensor
@@ -244,20 +244,32 @@ class _BlockDequantize(nn.Module):
         weight = module.quantized
         columns = weight.shape[1]
         self.register_buffer("codes", weight.codes().flatten(1)[:, :columns].contiguous())
-        self.register_buffer("scales", weight.scales)
         zero = weight.zero_points
-        middle = torch.full(weight.scales.shape, 2 ** (weight.bits - 1), dtype=torch.uint8)
-        self.register_buffer("zero_points", middle if zero is None else zero)
-        self.shape, self.block_size = weight.shape, weight.block_size
+        if zero is None:
+            zero = torch.full(weight.scales.shape, 2 ** (weight.bits - 1), dtype=torch.uint8)
+        whole_rows = weight.scales.shape[1] == 1
+        self.register_buffer("scales", weight.scales[:, 0] if whole_rows else weight.scales)
+        self.register_buffer("zero_points", zero[:, 0] if whole_rows else zero)
+        self.shape = weight.shape
+        self.attributes: dict[str, Any] = (
+            {"axis": 0} if whole_rows else {"axis": 1, "block_size": weight.block_size}
+        )
 
     def forward(self) -> Tensor:
         return OPS.symbolic(
             "DequantizeLinear",
             [self.codes, self.scales, self.zero_points],
-            {"axis": 1, "block_size": self.block_size},
+            self.attributes,
             dtype=torch.float32,
             shape=self.shape,
         )
+
+
+def dequantizes_blocks(module: nn.Module) -> bool:
+    """Whether there is a DequantizeLinear as only opset 21 has it."""
+    return any(
+        isinstance(child, _BlockDequantize) and "block_size" in child.attributes for child in module.modules()
+    )
 
 
 def _require_stored(module: QuantizedLinear | QuantizedEmbedding) -> None:

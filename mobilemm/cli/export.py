@@ -94,7 +94,7 @@ def export(
 
     console = Console(stderr=True)
     with console.status("starting"):
-        from mobilemm.export.pipeline import ExportOptions
+        from mobilemm.export.options import ExportOptions
         from mobilemm.export.quantization import make_plan
         from mobilemm.export.targets import find_target
         from mobilemm.runtime.pytorch import quiet
@@ -127,34 +127,34 @@ def export(
         int8_cache=kv_cache == "int8",
         budget=None if q_search is None else int(q_search * 1e6),
     )
-    for name in names:
-        onnx = {
+    flags: dict[str, dict[str, object]] = {
+        "onnx": {
             "opset": opset,
             "standard_ops": standard_ops,
             "accuracy_level": accuracy_level,
             "ort_format": ort_format,
-        }
-        chosen = find_target(name, **onnx)
-        place = output or Path(f"{Path(model).name if model else 'mobilemm-default'}-{name}")
-        with console.status("") as status:
+        },
+    }
+    targets = [find_target(name, **flags.get(name, {})) for name in names]
+    if dry_run:
+        from mobilemm.export.plan_sizes import estimate
 
-            def tell(text: str) -> None:
-                if console.is_terminal:
-                    status.update(text)
-                elif "(" not in text:  # no line for each layer
-                    console.print(text, highlight=False, soft_wrap=True)
+        for chosen in targets:
+            _show_estimate(chosen.name, estimate(model, chosen, options), Console())
+        return
+    from mobilemm.export.assemble import export_bundles
 
-            if dry_run:
-                from mobilemm.export.plan_sizes import estimate
+    stem = Path(model).name if model else "mobilemm-default"
+    places = [(chosen, output or Path(f"{stem}-{chosen.name}")) for chosen in targets]
+    with console.status("") as status:
 
-                found = estimate(model, chosen, options)
-            else:
-                from mobilemm.export.assemble import export_bundle
+        def tell(text: str) -> None:
+            if console.is_terminal:
+                status.update(text)
+            elif "(" not in text:  # no line for each layer
+                console.print(text, highlight=False, soft_wrap=True)
 
-                result = export_bundle(model, chosen, place, options, overwrite=force, report=tell)
-        if dry_run:
-            _show_estimate(found, Console())
-        else:
+        for result in export_bundles(model, places, options, overwrite=force, report=tell):
             _show(result, Console())
 
 
@@ -195,10 +195,10 @@ def _show(result: Result, console: Console) -> None:
         console.print(escape(note), highlight=False, style="dim")
 
 
-def _show_estimate(estimate: Estimate, console: Console) -> None:
+def _show_estimate(target: str, estimate: Estimate, console: Console) -> None:
     from rich.table import Table
 
-    table = Table(title="to expect", title_justify="left")
+    table = Table(title=f"to expect for {target}", title_justify="left")
     for heading in ("part", "parameters", "bits", "MB"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for part in estimate.parts:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mobilemm.export.assemble import export_bundle
-from mobilemm.export.pipeline import ExportOptions
+from mobilemm.export.options import ExportOptions
 from mobilemm.export.quantization import make_plan
 from mobilemm.export.targets import find_target
 from mobilemm.runtime.bundle import open_bundle

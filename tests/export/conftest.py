@@ -15,7 +15,7 @@ from mobilemm.export import verify
 from mobilemm.export.assemble import Result, export_bundle
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.decoder_spec import decoder_spec
-from mobilemm.export.pipeline import ExportOptions
+from mobilemm.export.options import ExportOptions
 from mobilemm.export.quantization import make_plan
 from mobilemm.export.targets import find_target
 from tests.export.tiny_checkpoint import write_checkpoint

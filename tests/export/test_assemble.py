@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import mobilemm
 from mobilemm.errors import MobileMMError
 from mobilemm.export.assemble import export_bundle
-from mobilemm.export.pipeline import ExportOptions
+from mobilemm.export.options import ExportOptions
 from mobilemm.export.plan_sizes import estimate
 from mobilemm.export.quantization import make_plan
 from mobilemm.export.targets import find_target

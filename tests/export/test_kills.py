@@ -67,7 +67,7 @@ def convert(checkpoint: Path) -> None:
     """Puts what torch.onnx.export makes of each part in its place."""
     import torch
 
-    from mobilemm.export.pipeline import open_model
+    from mobilemm.export.model import open_model
     from mobilemm.export.targets import find_target
     from mobilemm.export.verify import with_weights
 
@@ -93,7 +93,7 @@ def convert(checkpoint: Path) -> None:
 
 
 def options_of(length: int) -> Any:
-    from mobilemm.export.pipeline import ExportOptions
+    from mobilemm.export.options import ExportOptions
     from mobilemm.export.quantization import make_plan
 
     return ExportOptions(plan=make_plan("fp32", vision="fp32"), context_length=length, verify=False)

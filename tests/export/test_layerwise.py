@@ -177,7 +177,9 @@ before winter, although nobody could say who was going to pay for it."""
 def test_the_recipe_is_closer_to_fp32_than_plain_block_32_on_the_default_model() -> None:
     # The other is what onnxruntime-genai's builder makes, of more bytes: symmetric rounding at block 32.
     from mobilemm.export.calibration import read_calibration
-    from mobilemm.export.pipeline import ExportOptions, calibration_embeddings, open_model
+    from mobilemm.export.model import open_model
+    from mobilemm.export.options import ExportOptions
+    from mobilemm.export.quantized_parts import calibration_embeddings
 
     model = open_model(None, ExportOptions())
     part = model.parts["decoder"]

@@ -12,8 +12,11 @@ from PIL import Image
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export import pipeline
-from mobilemm.export.pipeline import ExportOptions, Model, export_parts, fingerprints, open_model
+from mobilemm.export.model import Model, folder_digest, open_model
+from mobilemm.export.options import ExportOptions
+from mobilemm.export.pipeline import export_parts, fingerprints
 from mobilemm.export.quantization import make_plan
+from mobilemm.export.quantized_parts import calibration_embeddings
 from mobilemm.export.targets import find_target
 from tests.export.conftest import Exported
 
@@ -77,12 +80,12 @@ def test_what_a_part_is_made_from_is_in_its_fingerprint(
 def test_a_changed_weight_changes_the_checkpoints_digest(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(checkpoint, folder)
-    assert pipeline.folder_digest(folder) == pipeline.folder_digest(checkpoint)
+    assert folder_digest(folder) == folder_digest(checkpoint)
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    assert pipeline.folder_digest(folder) != pipeline.folder_digest(checkpoint)
+    assert folder_digest(folder) != folder_digest(checkpoint)
 
 
 def test_a_finished_part_is_only_taken_when_it_is_whole(in_int4: Exported, tmp_path: Path) -> None:
@@ -183,7 +186,7 @@ def test_calibration_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     samples = pipeline.read_calibration(path)
     ids = model.tokenizer.encode(samples[0].messages, add_generation_prompt=False)
     assert ids.count(model.split.image_token_id) == 4
-    found = pipeline.calibration_embeddings(model, samples)
+    found = calibration_embeddings(model, samples)
     assert found.shape == (1, len(ids), 64)
     table = model.parts["embed"].weights["table.weight"]
     for place, token in enumerate(ids):

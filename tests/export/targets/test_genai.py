@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mobilemm.export.assemble import export_bundle
-from mobilemm.export.pipeline import ExportOptions
+from mobilemm.export.options import ExportOptions
 from mobilemm.export.quantization import make_plan
 from mobilemm.export.targets import find_target
 from mobilemm.export.targets.genai import genai_config

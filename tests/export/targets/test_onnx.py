@@ -18,7 +18,7 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Decoder, EagerCache
 from mobilemm.export.layerwise import quantize_decoder
 from mobilemm.export.parts import Part, parts_of
-from mobilemm.export.quantization import PartPlan, QuantizedEmbedding, WeightScheme
+from mobilemm.export.quantization import PartPlan, QuantizedEmbedding, QuantizedLinear, WeightScheme
 from mobilemm.export.quantizers import quantize
 from mobilemm.export.split import SplitModel
 from mobilemm.export.targets import Exported
@@ -358,3 +358,28 @@ def test_features_stand_in_their_places_in_reading_order(
     wanted = (table[torch.tensor(ids) % 97] * 8).numpy()
     wanted[0, [0, 1, 3]], wanted[1, [1, 2]] = features[:3], features[3:]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 64), (4, 32)])
+@pytest.mark.parametrize("standard_ops", [False, True])
+def test_quantized_encoders_load_with_and_without_contrib_operators(
+    bits: Any, block: int | None, standard_ops: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    linear = QuantizedLinear(quantize(torch.randn(24, 128), WeightScheme(bits, block), "linear"))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.linear(pixels)
+
+    encoder = Encoder()
+    part = Part("vision", encoder, {"pixels": torch.randn(3, 128)}, ("image_features",))
+    target = OnnxTarget(OnnxOptions(standard_ops=standard_ops, accuracy_level=1))
+    exported = target.write(part, encoder, tmp_path)
+    found = target.run(part, exported, tmp_path, {"pixels": part.inputs["pixels"].numpy()})
+    wanted = part.inputs["pixels"] @ linear.quantized.dequantize().T
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,119 @@
+"""A checkpoint opened for export: its parts over mapped weights, its prompt, its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mobilemm.export import verify
+from mobilemm.export.calibration import CalibrationSample
+from mobilemm.export.decoder import Decoder
+from mobilemm.export.families import split_model
+from mobilemm.export.options import ExportOptions
+from mobilemm.export.parts import Part, parts_of
+from mobilemm.export.prompts import derive_prompt
+from mobilemm.export.split import SplitModel
+from mobilemm.runtime import manifest
+from mobilemm.runtime.image import to_pixels
+from mobilemm.runtime.prompt import PromptTokenizer
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint, taken apart."""
+
+    name: str
+    split: SplitModel
+    parts: dict[str, Part]
+    prompt: manifest.Prompt
+    tokenizer: PromptTokenizer
+    digest: str
+    torch_model: Any
+    license: str = ""
+    license_text: str | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder, on the meta device."""
+        module = self.parts["decoder"].module
+        assert isinstance(module, Decoder)
+        return module
+
+    def with_context(self, longest: int | None) -> Model:
+        """The same model for conversations of so many tokens, or as long as it knows when that is less."""
+        known = int(self.split.text_config.max_position_embeddings)
+        return replace(self, parts=parts_of(self.split, min(longest or known, known)))
+
+    def encode(self, sample: CalibrationSample) -> tuple[list[int], list[Any]]:
+        """Ids and pixels, uint8 (3, height, width) each, of a conversation."""
+        ids = self.tokenizer.encode(sample.messages, add_generation_prompt=False)
+        return ids, [to_pixels(path, self.split.image) for path in sample.files]
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int], pictures: Sequence[Any]) -> Tensor:
+        """(1, length, width) in fp32 PyTorch. Only the rows that are needed leave the table."""
+        embed = self.parts["embed"]
+        table = embed.weights["table.weight"]
+        tensor = torch.tensor([list(ids)])
+        is_image = tensor == self.split.image_token_id
+        rows = table[tensor.masked_fill(is_image, 0)].float() * getattr(embed.module, "scale", 1.0)
+        if pictures:
+            pixels = torch.from_numpy(np.stack(pictures))
+            features = verify.reference(self.parts["vision"], {"pixels": pixels})
+            rows = rows.masked_scatter(is_image[..., None], features)
+        return rows
+
+
+def open_model(source: str | None, options: ExportOptions, report: Report = lambda _: None) -> Model:
+    """Loads a checkpoint, its weights mapped from disk, and takes it apart. Raises MobileMMError."""
+    from mobilemm.models.checkpoints import load
+    from mobilemm.models.checkpoints.default import default_model_folder
+    from mobilemm.models.checkpoints.reading import resolve_folder
+
+    folder = default_model_folder() if source is None else resolve_folder(source)
+    report(f"reading {folder}")
+    loaded = load(str(folder))
+    split = split_model(loaded.model, loaded.processor, options.image_size)
+    prompt = derive_prompt(split)
+    tokenizer = PromptTokenizer(
+        split.processor.tokenizer.backend_tokenizer, prompt, split.image_token_id, split.num_image_tokens
+    )
+    name = options.name or ("mobilemm-default" if source is None else Path(source).name)
+    text = _license_text(folder)
+    opened = Model(
+        name, split, {}, prompt, tokenizer, folder_digest(folder), loaded.model, _license(folder), text
+    )
+    return opened.with_context(options.context_length)
+
+
+def _license_text(folder: Path) -> str | None:
+    path = next((path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()), None)
+    return path.read_text(encoding="utf-8", errors="replace") if path is not None else None
+
+
+def _license(folder: Path) -> str:
+    """What the model card's front matter names as licence, if anything."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def folder_digest(folder: Path) -> str:
+    """Hash of a checkpoint's files, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
