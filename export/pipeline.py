@@ -85,7 +85,9 @@ def export_parts(
         report(f"{name}: converting")
         # The record goes first and comes last: without it, what lies here counts for nothing.
         (work / f"{name}.json").unlink(missing_ok=True)
+        release()
         exports[name] = exported = target.write(part, module, work)
+        release()
         proof = proof or _Proof(model, samples)
         parity, golden = _verify(model, part, module, target, exported, work, plan, proof, options, report)
         entry = _entry(part, plan, exported, work, parity, prints[name])
@@ -196,6 +198,7 @@ def _verify(
     inputs = proof.inputs(model, part)
     arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
     shipped = target.run(part, exported, folder, arrays)
+    release()
     bits = min(plan.default.bits, 32)
     parity = None
     if options.verify:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Decoder, DecoderLayer, EagerCache
 from mobilemm.export.layerwise import load_parameters
+from mobilemm.export.memory import page_out
 from mobilemm.export.parts import Part
 from mobilemm.runtime.manifest import Parity
 from mobilemm.runtime.self_check import MAX_DB, snr_db
@@ -61,8 +62,34 @@ def reference(part: Part, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         if isinstance(part.module, Decoder):
             return decoder_reference(part, inputs)
-        module = with_weights(part.module, part.weights)
-        return module(*inputs.values())
+        module = share_tensors(part.module)
+        blocks = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+        for block in (block for blocklist in blocks for block in blocklist):
+            _widen_while_running(block)
+        return _with_weights(module, part.weights, keep=blocks)(*inputs.values())
+
+
+def _widen_while_running(block: nn.Module) -> None:
+    """Has a block's parameters in float32 only while it computes, so that no fp32 copy of a model exists."""
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(*_: object) -> None:
+        narrow.update({parameter: parameter.data for parameter in block.parameters()})
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+
+    def restore(*_: object) -> None:
+        for parameter, data in narrow.items():
+            parameter.data = data
+            page_out(data)
+        narrow.clear()
+
+    for parameters in block.modules():
+        for name, parameter in list(parameters._parameters.items()):
+            if parameter is not None:  # of its own, over the same memory
+                parameters._parameters[name] = nn.Parameter(parameter.data, requires_grad=False)
+    block.register_forward_pre_hook(widen)
+    block.register_forward_hook(restore)
 
 
 def decoder_reference(
@@ -104,8 +131,17 @@ def decoder_reference(
 
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a module in float32, with `weights` in the places of parameters on the meta device."""
-    filled = share_tensors(module)
+    return _with_weights(share_tensors(module), weights)
+
+
+def _with_weights(
+    filled: nn.Module, weights: Mapping[str, Tensor], keep: Sequence[nn.Module] = ()
+) -> nn.Module:
+    """The module itself, all in float32 but for what lies below `keep`."""
+    kept = {id(parameter) for module in keep for parameter in module.parameters()}
     for name, parameter in list(filled.named_parameters()):
+        if id(parameter) in kept:
+            continue
         *path, last = name.split(".")
         owner = filled.get_submodule(".".join(path))
         value = weights.get(name, parameter)
