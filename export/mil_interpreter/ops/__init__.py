@@ -2,8 +2,8 @@
 
 A function takes MIL's arguments by their names; how each arrives its annotation says: `Tensor`,
 `list[Tensor]`, `TensorList` (a MIL list), or Python's `int`, `float`, `bool`, `str` and lists of these.
-Numbers come in as fp32 tensors that hold values of the declared type, integers and booleans as PyTorch's types
-of that name (uint16 as int32, uint32 as int64, types under a byte as int8 and uint8). What a function returns
+Numbers come in as fp32 tensors that hold values of the declared type, integers and booleans as PyTorch has
+them (uint16 as int32, uint32 as int64, types under a byte as int8 and uint8). What a function returns
 is turned into the declared type by the interpreter.
 
 Operations whose output can be larger than their inputs ask `check_elements` first.
