@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image as PIL
+from safetensors.numpy import load_file, save_file
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.bundle import BundleWriter, recover
@@ -26,7 +27,7 @@ from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
-from mobilemm.runtime.self_check import machine, runtime_version
+from mobilemm.runtime.self_check import ROW_SUMS, machine, row_sums, runtime_version
 from mobilemm.runtime.session import Session
 
 # Beyond this fp32 copies for a comparison of answers would take more memory than the export itself.
@@ -215,7 +216,7 @@ def write_tokenizer(model: Model, folder: Path) -> None:
 def _converse(
     model: Model, folder: Path, draft: manifest.Manifest, options: ExportOptions
 ) -> manifest.GoldenConversation:
-    """One whole conversation with the bundle that is being made, in greedy decoding."""
+    """One whole conversation with the bundle that is being made, in greedy decoding; its table's sums."""
     picture = next((file for sample in read_calibration(options.calibration) for file in sample.files), None)
     if picture is None:
         image = PIL.new("RGB", (model.split.image.width, model.split.image.height), (200, 30, 30))
@@ -230,7 +231,10 @@ def _converse(
         if file.is_file()
     ]
     bundle = Bundle(folder, draft.model_copy(update={"files": stubs}))
-    session = Session(bundle, open_backend(bundle), Sampling(max_new_tokens=ANSWER_TOKENS))
+    backend = open_backend(bundle)
+    golden = folder / "golden" / "embed.safetensors"
+    save_file({**load_file(golden), ROW_SUMS: row_sums(draft, backend)}, golden)
+    session = Session(bundle, backend, Sampling(max_new_tokens=ANSWER_TOKENS))
     session.look_at(folder / path)
     answer = session.reply(QUESTION)
     ids = session.tokenizer.encode(ASKED)

@@ -178,6 +178,7 @@ class Prompt(Strict):
 class Golden(Strict):
     """Vectors to check a part by on any machine: safetensors with `inputs.NAME` and `outputs.NAME` in fp32.
 
+    The embedding's also has `row_sums` (vocabulary,): of each row of the table, looked up by its id, the sum.
     `floor_db` is the least signal-to-noise ratio of the outputs against those in the file, in decibels.
     """
 

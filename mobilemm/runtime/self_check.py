@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.runtime.backends import Array, Backend
 from mobilemm.runtime.bundle import Bundle
+from mobilemm.runtime.manifest import Manifest
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.session import Session
 
@@ -26,6 +27,8 @@ RUNTIMES = {"onnx": "onnxruntime", "coreml": "coremltools", "executorch": "execu
 # logit of tens of thousands, which no mean over all of them shows.)
 SAME_RUNTIME_DB = 80.0
 MAX_DB = 200.0
+# In the embedding's golden file: that no row was changed, also those that no golden prompt looks up.
+ROW_SUMS, ROWS_AT_ONCE = "row_sums", 512
 # By which onnxruntime chooses its kernels, and these how they round activations.
 INSTRUCTION_SETS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"),
@@ -89,6 +92,7 @@ def _run(bundle: Bundle, backend: Backend, part: str, file: str) -> list[tuple[A
     tensors = load_file(bundle.path(file))
     inputs = {name[7:]: value for name, value in tensors.items() if name.startswith("inputs.")}
     wanted = {name[8:]: value for name, value in tensors.items() if name.startswith("outputs.")}
+    every_row = tensors.get(ROW_SUMS)
     if part == "decoder":
         logits = backend.decoder().decode(inputs["inputs_embeds"], inputs.get("position_ids"))
         found = {"logits": logits}
@@ -97,7 +101,21 @@ def _run(bundle: Bundle, backend: Backend, part: str, file: str) -> list[tuple[A
     missing = wanted.keys() - found.keys()
     if missing or not wanted:
         raise MobileMMError(f"{bundle.path(file)}: no output {', '.join(sorted(missing)) or 'at all'}")
-    return [(found[name], value) for name, value in wanted.items()]
+    pairs = [(found[name], value) for name, value in wanted.items()]
+    return pairs if every_row is None else [*pairs, (row_sums(bundle.manifest, backend), every_row)]
+
+
+def row_sums(manifest: Manifest, backend: Backend) -> Array:
+    """Of each row of the embedding's table the sum, as the bundle gives it: float32 (vocabulary,)."""
+    vocabulary, width = manifest.model.vocab_size, manifest.model.hidden_size
+    length = min(ROWS_AT_ONCE, manifest.model.context_length // 2)
+    none = np.zeros((0, width), np.float32)
+    sums = []
+    for start in range(0, vocabulary, length):
+        ids = np.arange(start, min(start + length, vocabulary))[None]
+        rows = backend.run("embed", {"input_ids": ids, "image_features": none})["inputs_embeds"]
+        sums.append(rows[0].astype(np.float32).sum(-1))
+    return np.concatenate(sums)
 
 
 def snr_db(found: Array, wanted: Array) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from mobilemm.export.assemble import export_bundle
 from mobilemm.export.options import ExportOptions
@@ -84,11 +83,11 @@ class Codes:
         ]
         self.sizes = np.array([np.prod(one.dims) for one in self.tensors], float)
 
-    def change_one(self, chance: np.random.Generator, by: int, rows: list[int] | None = None) -> None:
-        """One byte of a tensor drawn by size, or of these rows; `by` are the bits that are turned."""
+    def change_one(self, chance: np.random.Generator, by: int) -> None:
+        """One byte of a tensor drawn by size; `by` are the bits that are turned."""
         tensor = self.tensors[chance.choice(len(self.tensors), p=self.sizes / self.sizes.sum())]
         where = {entry.key: entry.value for entry in tensor.external_data}
-        row = int(chance.integers(tensor.dims[0]) if rows is None else chance.choice(rows))
+        row = int(chance.integers(tensor.dims[0]))
         length = int(np.prod(tensor.dims[1:]))
         place = int(where.get("offset", 0)) + row * length + int(chance.integers(length))
         with (self.folder / "parts" / where["location"]).open("r+b") as file:
@@ -114,18 +113,14 @@ def failed_parts(run: Run, folder: Path) -> list[str]:
 def test_one_changed_weight_shows(run: Run, int4: Path, part: str, tmp_path: Path) -> None:
     """4-bit codes move by 8 of 16, 8-bit ones by 128 of 256.
 
-    A weight whose input is nothing in the golden vectors cannot show: one of twelve is allowed for. Of the
-    embedding those rows are changed that the golden prompt looks up.
+    A weight whose input is nothing in the golden vectors cannot show: one of twelve is allowed for.
     """
     chance = np.random.default_rng(0)
-    prompt = load_file(int4 / "golden" / "embed.safetensors")["inputs.input_ids"]
-    image = open_bundle(int4).manifest.model.image_token_id
-    rows = sorted({int(token) for token in prompt.ravel()} - {image}) if part == "embed" else None
     named = []
     for trial in range(12):
         folder = tmp_path / str(trial)
         shutil.copytree(int4, folder)
-        Codes(folder, part).change_one(chance, 0x80 if part == "vision" else 0x08, rows)
+        Codes(folder, part).change_one(chance, 0x80 if part == "vision" else 0x08)
         named.append(failed_parts(run, folder))
     assert sum(part in names for names in named) >= 11, named
     others = {"decoder", "embed", "vision"} - {part}
