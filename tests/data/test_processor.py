@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
@@ -22,6 +21,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from mobilemm.data.processor import MobileMMProcessor
 from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints.processors import read_tokenizer
+from tests.sentencepiece_model import train_sentencepiece
 
 VOCABULARY, SLOTS = 400, 3
 IMAGE_ID = VOCABULARY
@@ -95,24 +95,7 @@ def sentencepiece_model() -> bytes:
         "USER: Which one is red? ASSISTANT: The second picture shows a red door.",
         "USER and ASSISTANT, USER: ASSISTANT: the USER the ASSISTANT",
     ] * 10
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_sentencepiece(sentences, VOCABULARY)
 
 
 def write_tokenizer(folder: Path, model: bytes, **settings: Any) -> Path:

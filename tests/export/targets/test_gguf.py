@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import itertools
 import json
 import logging
@@ -39,6 +38,7 @@ from mobilemm.export.targets.gguf import (
 from mobilemm.models import MobileMMConfig, MobileMMForConditionalGeneration
 from mobilemm.models.checkpoints import Loaded, save
 from mobilemm.models.checkpoints.processors import make_processor, read_tokenizer
+from tests.sentencepiece_model import train_sentencepiece
 
 ASSETS = Path(__file__).parents[2] / "assets"
 ENGLISH = (ASSETS / "english.txt").read_text(encoding="utf-8")
@@ -229,25 +229,8 @@ def test_a_vision_encoder_that_llama_cpp_lacks(
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaMA's kind of tokenizer.model: BPE with byte fallback, no normalization."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(ENGLISH.splitlines() * 4),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(ENGLISH.splitlines() * 4, VOCABULARY))
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,

@@ -5,7 +5,6 @@ Nothing here comes from mobilemm's own tables, so that a wrong name there cannot
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.sentencepiece_model import train_sentencepiece
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 32, 40, 2, 4, 320
 VISION, VISION_FFN, VISION_LAYERS, VISION_HEADS = 12, 20, 4, 3
@@ -309,24 +309,7 @@ def sentencepiece_model() -> bytes:
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         "USER: What is this? ASSISTANT: A cat on the grass.",
     ] * 10
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_sentencepiece(sentences, VOCABULARY)
 
 
 def write_tokenizer(folder: Path, model: bytes, *, image_tokens: bool = False, **settings: Any) -> None:
