@@ -1,0 +1,232 @@
+"""Core ML: one part → one .mlpackage, an ML program for iOS 18 and macOS 15 with weights beside it.
+
+The decoder is one package of two functions that share weights, `prefill` for a fixed number of positions and
+`decode` for one, over the states `k_cache` and `v_cache`. Everything computes in float16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mobilemm.errors import MobileMMError, one_line
+from mobilemm.export.decoder import Decoder
+from mobilemm.export.parts import Part, TokenEmbedding
+from mobilemm.export.targets import Exported
+from mobilemm.export.targets.coreml_conversion import complete_converter, keeps_float32
+from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, STATES, DecoderStep, Layout, lower
+from mobilemm.export.targets.coreml_package import describe, require_states, signature
+from mobilemm.export.verify import share_tensors
+from mobilemm.runtime.manifest import Manifest, Runtime
+
+# Deployment target → the system that is the least. States and codes in blocks came with iOS 18.
+DEPLOYMENT_TARGETS = {"iOS18": "18", "iOS26": "26"}
+EXTENSION = ".mlpackage"
+
+
+@dataclass(frozen=True)
+class CoreMLOptions:
+    """How parts become Core ML packages.
+
+    Attributes:
+        minimum_deployment_target: "iOS18" or "iOS26"; macOS, watchOS and the others of the same year.
+        layout: "gpu" has linear layers over (1, length, channels) and fused attention; "ane" is written for
+            the Neural Engine: convolutions over (1, channels, 1, length).
+        prefill: positions of the decoder's function `prefill`.
+    """
+
+    minimum_deployment_target: str = "iOS18"
+    layout: Layout = "gpu"
+    prefill: int = 64
+
+    def __post_init__(self) -> None:
+        if self.minimum_deployment_target not in DEPLOYMENT_TARGETS:
+            raise MobileMMError(
+                f"--minimum-deployment-target {self.minimum_deployment_target!r}: states need iOS 18; choose"
+                f" from {', '.join(DEPLOYMENT_TARGETS)}"
+            )
+        if self.layout not in get_args(Layout):
+            raise MobileMMError(f"--coreml-layout {self.layout!r}: choose from {', '.join(get_args(Layout))}")
+        if not 2 <= self.prefill <= 2048:
+            raise MobileMMError(f"--prefill-length {self.prefill}: choose 2 to 2048 positions")
+
+
+class CoreMLTarget:
+    """Core ML for iOS and macOS: `NAME.mlpackage`.
+
+    Raises MobileMMError when coremltools is missing.
+    """
+
+    name: Literal["coreml"] = "coreml"
+    default_context: int = 2048
+    joins = False
+
+    def __init__(self, options: CoreMLOptions | None = None) -> None:
+        self.options = options or CoreMLOptions()
+        if find_spec("coremltools") is None:
+            raise MobileMMError("--target coreml needs coremltools: pip install 'mobilemm[coreml]'")
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(name="coreml", min_version=DEPLOYMENT_TARGETS[self.options.minimum_deployment_target])
+
+    @property
+    def fingerprint(self) -> str:
+        versions = {name: version(name) for name in ("torch", "coremltools")}
+        return f"coreml {self.options} {versions}"
+
+    def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
+        """Args:
+        module: the part's module with its weights in it: floating-point, `QuantizedLinear`,
+            `QuantizedEmbedding`. It is changed, and of no use afterwards.
+        """
+        package = folder / f"{part.name}{EXTENSION}"
+        shutil.rmtree(package, ignore_errors=True)
+        try:
+            with _quiet(), torch.no_grad():
+                if part.cache is not None:
+                    self._write_decoder(module, package)
+                elif part.name == "embed":
+                    self._write_embedding(module, package)
+                else:
+                    self._write_static(part, module, package)
+        except MobileMMError:
+            raise
+        except Exception as error:
+            raise MobileMMError(
+                f"part {part.name!r}: coremltools cannot convert it ({one_line(error)})"
+            ) from error
+        describe(package, part.name, {}, "mobilemm", "")
+        inputs, outputs = signature(package)
+        files = sorted(path for path in package.rglob("*") if path.is_file())
+        names = tuple(path.relative_to(folder).as_posix() for path in files)
+        return Exported(file=package.name, files=names, inputs=inputs, outputs=outputs)
+
+    def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
+        from mobilemm.export.targets.coreml_execution import run_part
+
+        return run_part(part, folder / exported.file, inputs)
+
+    def companions(self, manifest: Manifest) -> dict[str, str]:
+        return {}
+
+    def _write_decoder(self, module: nn.Module, package: Path) -> None:
+        """Both functions converted by themselves, then made one package."""
+        import coremltools as ct
+
+        assert isinstance(module, Decoder)
+        spec = module.spec
+        buffer = max(-(-spec.context_length // STATE_ALIGNMENT) * STATE_ALIGNMENT, self.options.prefill)
+        lower(module, self.options.layout)
+        descriptor = ct.utils.MultiFunctionDescriptor()
+        with tempfile.TemporaryDirectory(dir=package.parent, prefix=".coreml-") as work:
+            for function, length in (("prefill", self.options.prefill), ("decode", 1)):
+                step = DecoderStep(module, length, buffer, self.options.layout).half().eval()
+                known = {
+                    "inputs_embeds": _Input((1, length, spec.hidden_size), torch.float16),
+                    "position_ids": _Input((1, length), torch.int32),
+                    "rope_position_ids": _Input((3, 1, length), torch.int32),
+                    "last_index": _Input((1,), torch.int32),
+                }
+                single = Path(work) / f"{function}{EXTENSION}"
+                self._convert(
+                    step, {name: known[name] for name in step.input_names}, ["logits"], single, STATES
+                )
+                require_states(single, spec.num_layers)
+                descriptor.add_function(str(single), "main", function)
+            descriptor.default_function_name = "decode"
+            ct.utils.save_multifunction(descriptor, str(package))
+
+    def _write_embedding(self, module: nn.Module, package: Path) -> None:
+        embedding = lower(TokenEmbedding(module)).half().eval()  # type: ignore[arg-type]
+        ids = _Input((1, None), torch.int32)
+        self._convert(embedding, {"input_ids": ids}, ["inputs_embeds"], package)
+
+    def _write_static(self, part: Part, module: nn.Module, package: Path) -> None:
+        """A part without state, its shapes those of its example inputs, one picture a call."""
+        lowered = lower(share_tensors(module), self.options.layout).eval()
+        inputs = {}
+        for name, example in part.inputs.items():
+            shape = (1, *example.shape[1:]) if 0 in part.dynamic.get(name, {}) else tuple(example.shape)
+            inputs[name] = _Input(shape, torch.float32, image=example.dtype == torch.uint8)
+        self._convert(lowered, inputs, part.outputs, package)
+
+    def _convert(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, _Input],
+        outputs: Sequence[str],
+        package: Path,
+        states: Sequence[str] = (),
+    ) -> None:
+        import coremltools as ct
+
+        complete_converter()
+        traced = torch.jit.trace(module, tuple(each.example() for each in inputs.values()), check_trace=False)
+        shapes = {name: getattr(module, name).shape for name in states}
+        ct.convert(
+            traced,
+            convert_to="mlprogram",
+            inputs=[each.coreml(name, self.default_context) for name, each in inputs.items()],
+            outputs=[ct.TensorType(name=name, dtype=np.float16) for name in outputs],
+            states=[
+                ct.StateType(wrapped_type=ct.TensorType(shape=shape, dtype=np.float16), name=name)
+                for name, shape in shapes.items()
+            ]
+            or None,
+            minimum_deployment_target=getattr(ct.target, self.options.minimum_deployment_target),
+            compute_precision=ct.transform.FP16ComputePrecision(lambda op: not keeps_float32(op)),
+            package_dir=str(package),
+            skip_model_load=True,
+        )
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a graph is traced and converted with; a dimension of None has any length up to the context's."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    image: bool = False
+
+    def example(self) -> torch.Tensor:
+        return torch.zeros([2 if size is None else size for size in self.shape], dtype=self.dtype)
+
+    def coreml(self, name: str, longest: int) -> Any:
+        import coremltools as ct
+
+        if self.image:
+            # Core ML's own image input has one scale for all channels: scales stay inside the graph.
+            return ct.ImageType(name=name, shape=self.shape, color_layout=ct.colorlayout.RGB)
+        shape = [ct.RangeDim(1, longest, default=1) if size is None else size for size in self.shape]
+        kind = np.int32 if self.dtype == torch.int32 else np.float16
+        return ct.TensorType(name=name, shape=shape, dtype=kind)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without coremltools' bars and notices; what goes wrong is raised."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

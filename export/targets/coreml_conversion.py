@@ -1,0 +1,59 @@
+"""What coremltools' PyTorch converter lacks, or does wrong without a word, for the graphs traced here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def complete_converter() -> None:
+    """Adds to coremltools' table of PyTorch operators, once."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+
+    def mobilemm_mt(context: Any, node: Any) -> None:
+        (x,) = _get_inputs(context, node, expected=1)
+        axes = [*range(x.rank - 2), x.rank - 1, x.rank - 2]
+        context.add(mb.transpose(x=x, perm=axes, name=node.name))
+
+    register_torch_op(mobilemm_mt, torch_alias=["mt"], override=True)
+
+
+# What lies between an angle's computation and its sine.
+_ON_THE_WAY_TO_SINES = frozenset(
+    (
+        "add",
+        "cast",
+        "concat",
+        "exp",
+        "expand_dims",
+        "gather",
+        "matmul",
+        "mul",
+        "real_div",
+        "reshape",
+        "slice_by_index",
+        "squeeze",
+        "tile",
+        "transpose",
+    )
+)
+_STATISTICS = frozenset(("pow", "reduce_mean", "rsqrt", "square"))
+
+
+def keeps_float32(op: Any) -> bool:
+    """Whether a MIL operation of a float32 graph must not be made float16.
+
+    Angles grow with the position and lose their phase; squares in norms written out overflow beyond 256.
+    """
+    return op.op_type in _STATISTICS or _feeds_sine(op, 8)
+
+
+def _feeds_sine(op: Any, depth: int) -> bool:
+    if op.op_type in ("sin", "cos"):
+        return True
+    if depth == 0 or op.op_type not in _ON_THE_WAY_TO_SINES:
+        return False
+    return any(_feeds_sine(user, depth - 1) for output in op.outputs for user in output.child_ops)

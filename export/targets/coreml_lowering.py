@@ -1,0 +1,248 @@
+"""Lowering to Core ML: a decoder step over states, norms that hold in float16, stored weights for layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError
+from mobilemm.export.decoder import (
+    Attention,
+    Decoder,
+    DecoderLayer,
+    ResidualNorm,
+    RMSNorm,
+    Rotary,
+    rotate,
+)
+from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
+from mobilemm.export.targets.coreml_weights import StoredEmbedding, StoredLinear, Weight, weight_of
+
+Layout = Literal["gpu", "ane"]
+
+# Added to the scores of positions that are not to be seen: its exponential is zero in float16, and it stays
+# finite, so that a row that sees nothing gives no NaN, which would stay in the cache.
+UNSEEN = -1e4
+STATES = ("k_cache", "v_cache")
+# The dimensions of a state that the Neural Engine takes are multiples of it.
+STATE_ALIGNMENT = 32
+
+
+def lower(module: nn.Module, layout: Layout = "gpu", prefix: str = "") -> nn.Module:
+    """Puts what Core ML stores and computes in the places of quantized layers and norms; gives the module.
+
+    Of a `Decoder` every linear layer is replaced, of other modules those that are quantized: float32 ones are
+    converted by coremltools.
+    """
+    decoder = isinstance(module, (Decoder, DecoderLayer))
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}"
+        if isinstance(child, QuantizedLinear) or (decoder and isinstance(child, nn.Linear)):
+            channels_first = decoder and layout == "ane"
+            linear = StoredLinear(weight_of(path, child), channels_first)
+            setattr(module, name, _Transposed(linear) if layout == "ane" and not decoder else linear)
+        elif isinstance(child, QuantizedEmbedding):
+            setattr(module, name, StoredEmbedding(weight_of(path, child)))
+        elif isinstance(child, ResidualNorm):
+            setattr(module, name, _ResidualNorm(child, layout))
+        elif isinstance(child, RMSNorm):
+            # Norms of queries and keys lie behind the last dimension in every layout.
+            setattr(module, name, rms_norm(child, "gpu" if isinstance(module, Attention) else layout))
+        elif type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
+            setattr(module, name, _LastDimensionNorm(child.weight, child.variance_epsilon))
+        else:
+            lower(child, layout, f"{path}.")
+    return module
+
+
+# --- the decoder --------------------------------------------------------------------------------------------
+
+
+class DecoderStep(nn.Module):
+    """`length` positions of a conversation, keys and values in states.
+
+    Shapes: `inputs_embeds` float16 (1, length, hidden); `position_ids` int32 (1, length), consecutive: where
+    in the cache they are written; with M-RoPE `rope_position_ids` int32 (3, 1, length); where `length` is
+    more than 1 `last_index` int32 (1,), whose logits are given → float16 (1, 1, vocabulary).
+
+    Rows behind `last_index` may be anything finite, the last one again for example: what they write is
+    written over by the next call, and not seen before. All positions must lie in the buffers, which are
+    `buffer_length` long.
+    """
+
+    def __init__(self, decoder: Decoder, length: int, buffer_length: int, layout: Layout) -> None:
+        super().__init__()
+        spec = decoder.spec
+        self.decoder, self.length, self.layout = decoder, length, layout
+        self.sections = spec.mrope_section
+        self.group = spec.num_attention_heads // spec.num_key_value_heads
+        shape = (spec.num_layers, spec.num_key_value_heads, buffer_length, spec.head_dim)
+        for name in STATES:
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float16))
+        positions = torch.arange(buffer_length, dtype=torch.float32)
+        for index, table in enumerate(spec.rope_tables):
+            # Phases in float16 are wrong beyond a few hundred positions: only their cosines are rounded.
+            angles = torch.outer(positions, table.inverse_frequencies.float())
+            for name, values in ((f"rope_cos_{index}", angles.cos()), (f"rope_sin_{index}", angles.sin())):
+                self.add_module(name, StoredEmbedding(Weight(name, (values * table.scaling).half())))
+        self.register_buffer("columns", torch.arange(buffer_length, dtype=torch.int32)[None])
+
+    @property
+    def input_names(self) -> list[str]:
+        """The arguments, in order."""
+        names = ["inputs_embeds", "position_ids"]
+        if self.sections is not None:
+            names.append("rope_position_ids")
+        return names if self.length == 1 else [*names, "last_index"]
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, *more: Tensor) -> Tensor:
+        given = dict(zip(self.input_names[2:], more, strict=True))
+        positions = position_ids[0]
+        rotary = self._rotary(positions[None] if self.sections is None else given["rope_position_ids"][:, 0])
+        windows = {layer.spec.window for layer in self.decoder.layers}  # type: ignore[union-attr]
+        masks = {window: self._mask(positions, window) for window in sorted(windows, key=str)}
+        hidden, residual = inputs_embeds, None
+        if self.layout == "ane":
+            hidden = hidden.mT[:, :, None]
+        for layer in self.decoder.layers:
+            assert isinstance(layer, DecoderLayer)
+            rope = layer.spec.rope
+            cache = StateCache(self, positions[0], masks[layer.spec.window])
+            hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
+        if self.length > 1:
+            axis = 3 if self.layout == "ane" else 1
+            hidden, residual = (x.index_select(axis, given["last_index"]) for x in (hidden, residual))
+        logits = self.decoder.logits(hidden, residual)
+        return logits.reshape(1, 1, -1)
+
+    def _rotary(self, positions: Tensor) -> list[Rotary]:
+        """Cosines and sines, each (1, length, head_dim / 2), of positions (1 or 3, length)."""
+        found = []
+        for index in range(len(self.decoder.spec.rope_tables)):
+            turned = []
+            for table in (getattr(self, f"rope_cos_{index}"), getattr(self, f"rope_sin_{index}")):
+                rows = [table(kind) for kind in positions]
+                if self.sections is not None:
+                    parts = [list(row.split(list(self.sections), -1)) for row in rows]
+                    rows = [torch.cat([parts[i % 3][i] for i in range(len(self.sections))], -1)]
+                turned.append(rows[0][None])
+            found.append(Rotary(*turned, per_token=True))
+        return found
+
+    def _mask(self, positions: Tensor, window: int | None) -> Tensor:
+        """(1, 1, group · length, buffer): what is added to the scores of a group's queries."""
+        rows = torch.cat([positions] * self.group)[:, None]
+        columns = self.columns
+        assert isinstance(columns, Tensor)
+        seen = columns <= rows
+        if window is not None:
+            seen = seen & (columns > rows - window)
+        unseen = torch.tensor(UNSEEN, dtype=torch.float16)
+        return torch.where(seen, torch.zeros_like(unseen), unseen)[None, None]
+
+
+class StateCache:
+    """Keys and values written into a `DecoderStep`'s states from position `start` on."""
+
+    def __init__(self, step: DecoderStep, start: Tensor, mask: Tensor) -> None:
+        self.step, self.start, self.mask = step, start, mask
+
+    def attend(self, attention: Attention, qkv: Tensor, rotary: Rotary | None) -> Tensor:
+        if attention.key_scale is not None:
+            raise MobileMMError("--kv-cache int8 is ONNX's alone: Core ML keeps states in float16")
+        if self.step.layout == "ane":
+            qkv = qkv.squeeze(2).mT
+        q, k, v = attention.split(qkv)
+        if rotary is not None:
+            q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        layer, start, stop = attention.index, self.start, self.start + self.step.length
+        keys, values = self.step.k_cache, self.step.v_cache
+        assert isinstance(keys, Tensor)
+        assert isinstance(values, Tensor)
+        keys[layer : layer + 1, :, start:stop] = k
+        values[layer : layer + 1, :, start:stop] = v
+        # Queries that share keys lie one below the other, so that keys are not repeated for them.
+        q = q.reshape(1, attention.kv_heads, -1, attention.head_dim)
+        out = self._scaled_dot_product(attention, q, keys[layer : layer + 1], values[layer : layer + 1])
+        out = out.reshape(1, attention.heads, -1, attention.head_dim).transpose(1, 2).flatten(2)
+        return out.mT[:, :, None] if self.step.layout == "ane" else out
+
+    def _scaled_dot_product(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = attention.head_dim**-0.5
+        if attention.softcap is None and self.step.layout == "gpu":
+            # The operator knows one scale only.
+            q = q if attention.scale == own else q * (attention.scale / own)
+            return F.scaled_dot_product_attention(q, k, v, self.mask)
+        scores = (q * attention.scale) @ k.mT
+        if attention.softcap is not None:
+            scores = torch.tanh(scores / attention.softcap) * attention.softcap
+        return (scores + self.mask).softmax(-1) @ v
+
+
+# --- norms --------------------------------------------------------------------------------------------------
+
+
+def rms_norm(norm: RMSNorm | ResidualNorm, layout: Layout) -> nn.Module:
+    """A norm's like that holds in float16, where squares of what is beyond 256 do not."""
+    kind = _ChannelNorm if layout == "ane" else _LastDimensionNorm
+    return kind(norm.weight, norm.eps)
+
+
+class _LastDimensionNorm(nn.Module):
+    """By the layer norm of [x, -x]: its mean is zero, its variance the mean square.
+
+    coremltools' own RMSNorm divides by the largest value, with an epsilon that is not scaled: NaN for rows of
+    zeros, and up to a quarter off for small ones.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight.detach().clone(), requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        normed = F.layer_norm(torch.cat([x, -x], -1), (2 * size,), eps=self.eps)
+        return normed[..., :size] * self.weight
+
+
+class _ChannelNorm(nn.Module):
+    """Over dimension 1 of (1, channels, 1, length), scaled by the largest value, and epsilon with it."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone()[:, None, None], requires_grad=False)
+        self.root = eps**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(1, keepdim=True).clamp(min=self.root)
+        scaled = x / largest
+        eps = self.root / largest
+        return scaled * torch.rsqrt((scaled * scaled).mean(1, keepdim=True) + eps * eps) * self.weight
+
+
+class _ResidualNorm(nn.Module):
+    def __init__(self, norm: ResidualNorm, layout: Layout) -> None:
+        super().__init__()
+        self.norm = rms_norm(norm, layout)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return self.norm(total), total
+
+
+class _Transposed(nn.Module):
+    """A linear layer of (batch, length, columns) as a convolution."""
+
+    def __init__(self, linear: StoredLinear) -> None:
+        super().__init__()
+        self.convolution = StoredLinear(linear.weight, channels_first=True)
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 3:
+            return self.linear(x)
+        return self.convolution(x.mT[:, :, None]).squeeze(2).mT

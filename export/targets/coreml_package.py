@@ -1,0 +1,117 @@
+"""What is written and read in a .mlpackage beside its program: descriptions, metadata, signature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mobilemm import __version__
+from mobilemm.errors import MobileMMError
+from mobilemm.runtime import manifest
+
+SPEC_FILE = Path("Data/com.apple.CoreML/model.mlmodel")
+
+PARTS = {
+    "vision": "A picture to rows of the language model's embeddings.",
+    "embed": "Token ids to the language model's embeddings, pictures' placeholders apart.",
+    "decoder": "The language model: embeddings to logits of the next token. `prefill` takes many positions at"
+    " once, `decode` one; both write keys and values into the same states.",
+}
+VALUES = {
+    "pixels": "The picture, RGB, turned upright and brought to this size as the bundle's manifest says.",
+    "image_features": "A row for each placeholder of the picture, in reading order.",
+    "input_ids": "Token ids; those of placeholders give rows that the picture's take the place of.",
+    "inputs_embeds": "Embeddings of the tokens, a picture's features in its placeholders' places.",
+    "position_ids": "Where in the cache these positions are written: consecutive, from the number of those"
+    " before on.",
+    "rope_position_ids": "Positions in time, height and width, by which attention turns queries and keys.",
+    "last_index": "Whose logits are given, counted from this call's first row; rows behind it are padding.",
+    "logits": "Of the token behind the last position.",
+    "k_cache": "Keys (layers, heads, positions, head dimension).",
+    "v_cache": "Values (layers, heads, positions, head dimension).",
+}
+
+
+def read_spec(package: Path) -> Any:
+    """The package's protobuf, without its weights."""
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    spec.ParseFromString((package / SPEC_FILE).read_bytes())
+    return spec
+
+
+def describe(package: Path, part: str, facts: Mapping[str, str], author: str, license: str) -> None:
+    """Writes a package's metadata: what Xcode shows of it.
+
+    Args:
+        facts: further keys, shown as they are.
+    """
+    spec = read_spec(package)
+    metadata = spec.description.metadata
+    metadata.shortDescription = PARTS.get(part, f"The part {part!r}.")
+    metadata.author, metadata.license, metadata.versionString = author, license, __version__
+    for key, value in facts.items():
+        metadata.userDefined[f"mobilemm.{key}"] = value
+    for _, values in _features(spec):
+        for value in values:
+            value.shortDescription = VALUES.get(value.name, "")
+    (package / SPEC_FILE).write_bytes(spec.SerializeToString())
+
+
+def signature(package: Path) -> tuple[tuple[manifest.Tensor, ...], tuple[manifest.Tensor, ...]]:
+    """Inputs and outputs; a dimension that differs between functions, or is flexible, is called `length`."""
+    spec = read_spec(package)
+    found: dict[str, dict[str, manifest.Tensor]] = {"input": {}, "output": {}}
+    for kind, values in _features(spec):
+        for value in values if kind in found else ():
+            tensor = _tensor(value)
+            other = found[kind].get(tensor.name)
+            if other is not None and other.shape != tensor.shape:
+                pairs = zip(tensor.shape, other.shape, strict=True)
+                tensor = tensor.model_copy(update={"shape": [a if a == b else "length" for a, b in pairs]})
+            found[kind][tensor.name] = tensor
+    return tuple(found["input"].values()), tuple(found["output"].values())
+
+
+def require_states(package: Path, num_layers: int) -> None:
+    """Raises MobileMMError when a decoder has lost its states, or a layer does not write into them.
+
+    coremltools converts both without a word: states become constants, updates are left out.
+    """
+    spec = read_spec(package)
+    names = sorted(state.name for state in spec.description.state)
+    blocks = [
+        block
+        for function in spec.mlProgram.functions.values()
+        for block in function.block_specializations.values()
+    ]
+    writes = sum(op.type == "write_state" for block in blocks for op in block.operations)
+    if names != ["k_cache", "v_cache"] or writes != 2 * num_layers:
+        raise MobileMMError(
+            f"part 'decoder': coremltools has kept states {names} and {writes} writes into them, where"
+            f" k_cache, v_cache and {2 * num_layers} are wanted"
+        )
+
+
+def _features(spec: Any) -> Iterator[tuple[str, Any]]:
+    """("input", "output" or "state", descriptions), of each function."""
+    for owner in spec.description.functions or [spec.description]:
+        for kind in ("input", "output", "state"):
+            yield kind, getattr(owner, kind)
+
+
+def _tensor(value: Any) -> manifest.Tensor:
+    from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType as Array
+
+    if value.type.WhichOneof("Type") == "imageType":
+        image = value.type.imageType
+        return manifest.Tensor(name=value.name, dtype="uint8", shape=[1, 3, image.height, image.width])
+    array = value.type.multiArrayType
+    kinds = {Array.FLOAT16: "float16", Array.FLOAT32: "float32", Array.INT32: "int32"}
+    shape: list[int | str] = list(array.shape)
+    for axis, size in enumerate(array.shapeRange.sizeRanges):
+        if size.lowerBound != size.upperBound:
+            shape[axis] = "length"
+    return manifest.Tensor(name=value.name, dtype=kinds[array.dataType], shape=shape)  # type: ignore[arg-type]
