@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image as PIL
@@ -89,6 +89,8 @@ def export_bundles(
     for _, destination in places:
         with BundleWriter(destination, overwrite=overwrite):
             pass  # refuses an occupied place before anything is computed
+    for target, _ in places:
+        target.stores(options.plan)
     read_calibration(options.calibration)  # and a set that cannot be used
     model = open_model(source, options, report)
     store = places[0][1].with_name(f".{places[0][1].name}.quantized")
@@ -96,7 +98,8 @@ def export_bundles(
     for target, destination in places:
         contextual = model.with_context(options.context_length or target.default_context)
         _refuse_short_context(contextual)
-        yield _export(contextual, target, destination, options, overwrite, report, store, expected)
+        stored = replace(options, plan=target.stores(options.plan))
+        yield _export(contextual, target, destination, stored, overwrite, report, store, expected)
     shutil.rmtree(store, ignore_errors=True)
 
 
@@ -128,6 +131,7 @@ def _export(
         draft = describe(model, target, records)
         for path, text in target.companions(draft).items():
             (folder / path).write_text(text, encoding="utf-8")
+        draft = target.label(draft, folder)
         draft = draft.model_copy(
             update={"conversations": [_converse(model, folder, draft, options)], "files": writer.files()}
         )

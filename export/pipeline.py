@@ -207,7 +207,7 @@ def _verify(
             quantized = _eager(module, inputs).numpy()
         parity = verify.measure(shipped, wanted, quantized, bits=bits, logits=part.cache is not None)
         worst = (lambda: verify.worst_layers(part, module, inputs)) if isinstance(module, Decoder) else None
-        verify.check(part.name, bits, parity, worst)
+        verify.check(part.name, bits, parity, worst, half=plan.activations == "float16")
     golden_inputs = arrays
     if part.cache is not None:
         cut = min(GOLDEN_TOKENS, arrays["inputs_embeds"].shape[1])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ class QuantizedParts:
             _restore(path, decoder, fingerprint)  # mapped from the file: memory that can be given back
         else:
             self.report(f"{part.name}: quantized already")
-        return decoder.eval(), found
+        # What it computes with is the target's affair, and not kept.
+        return decoder.eval(), replace(found, activations=plan.activations)
 
     def _quantize(
         self, part: Part, decoder: Decoder, plan: PartPlan, names: Sequence[str]
@@ -134,8 +136,8 @@ class QuantizedParts:
         calibration = Path(self.options.calibration or default_calibration()).read_bytes()
         length = min(CALIBRATION_LENGTH, self.model.decoder.spec.context_length)
         facts = [
-            *(self.model.digest, __version__, torch.__version__, repr(plan)),
-            *(repr(self.options.plan.part("embed")), repr(self.options.budget), repr(length)),
+            *(self.model.digest, __version__, torch.__version__, _codes(plan)),
+            *(_codes(self.options.plan.part("embed")), repr(self.options.budget), repr(length)),
             hashlib.sha256(calibration).hexdigest(),
         ]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
@@ -147,6 +149,11 @@ class QuantizedParts:
             weight = self.model.parts["embed"].weights["table.weight"]
             self._made_table = quantize(weight, scheme, "embed.table")
         return self._made_table
+
+
+def _codes(plan: PartPlan) -> str:
+    """What codes depend on: targets that compute otherwise share them."""
+    return repr(replace(plan, activations="float32"))
 
 
 # --- finished codes on disk --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -183,10 +183,22 @@ def measure(
     )
 
 
-def check(part: str, bits: int, parity: Parity, worst: Callable[[], Sequence[str]] | None = None) -> None:
-    """Raises MobileMMError for a part below its floor: the figure, the worst layers, the way out."""
+def check(
+    part: str,
+    bits: int,
+    parity: Parity,
+    worst: Callable[[], Sequence[str]] | None = None,
+    *,
+    half: bool = False,
+) -> None:
+    """Raises MobileMMError for a part below its floor: the figure, the worst layers, the way out.
+
+    Of a part that computes in float16 (`half`) no less error is wanted than of weights in float16.
+    """
     floors = FLOORS.get(part, FLOORS["vision"])
     floor = floors[4 if bits <= 6 else bits]
+    if half:
+        floor = replace(floor, conversion_db=min(floor.conversion_db, floors[16].conversion_db))
     failed = [
         f"{name} {found:.4g}, at least {least:g} is wanted"
         for name, found, least in (

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mobilemm.export.parts import Part
+    from mobilemm.export.quantization import QuantizationPlan
     from mobilemm.runtime.manifest import Manifest, Runtime, Tensor
 
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "coreml")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Target(Protocol):
     def joins(self) -> bool:
         """Whether all parts end in one file."""
 
+    def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
+        """The plan as this target keeps to it. Raises MobileMMError naming the flag that it cannot follow."""
+
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
         """Writes one part into `folder`, where the parts that it shares tables with lie already.
 
@@ -76,6 +80,12 @@ class Target(Protocol):
     def companions(self, manifest: Manifest) -> dict[str, str]:
         """Further text files that the runtime's own tools expect: path → content."""
 
+    def label(self, manifest: Manifest, folder: Path) -> Manifest:
+        """Writes into a bundle's parts what their format has room for of the model, its licence for example.
+
+        Gives the manifest with the sizes that they have then.
+        """
+
 
 def find_target(name: str, **options: Any) -> Target:
     """The target of that name. Raises MobileMMError when there is none, or its packages are missing."""
@@ -83,4 +93,8 @@ def find_target(name: str, **options: Any) -> Target:
         from mobilemm.export.targets.onnx import OnnxOptions, OnnxTarget
 
         return OnnxTarget(OnnxOptions(**options))
+    if name == "coreml":
+        from mobilemm.export.targets.coreml import CoreMLOptions, CoreMLTarget
+
+        return CoreMLTarget(CoreMLOptions(**options))
     raise MobileMMError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")

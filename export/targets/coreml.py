@@ -27,6 +27,7 @@ from torch import nn
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.parts import Part, TokenEmbedding
+from mobilemm.export.quantization import PARTS, PartPlan, QuantizationPlan, WeightScheme
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.coreml_conversion import complete_converter, keeps_float32
 from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, STATES, DecoderStep, Layout, lower
@@ -34,6 +35,7 @@ from mobilemm.export.targets.coreml_package import describe, require_states, sig
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime.manifest import Manifest, Runtime
 
+FLOAT16 = WeightScheme(bits=16, block_size=None)
 # Deployment target → the system that is the least. States and codes in blocks came with iOS 18.
 DEPLOYMENT_TARGETS = {"iOS18": "18", "iOS26": "26"}
 EXTENSION = ".mlpackage"
@@ -93,7 +95,7 @@ class CoreMLTarget:
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
         """Args:
         module: the part's module with its weights in it: floating-point, `QuantizedLinear`,
-            `QuantizedEmbedding`. It is changed, and of no use afterwards.
+            `QuantizedEmbedding`.
         """
         package = folder / f"{part.name}{EXTENSION}"
         shutil.rmtree(package, ignore_errors=True)
@@ -111,7 +113,6 @@ class CoreMLTarget:
             raise MobileMMError(
                 f"part {part.name!r}: coremltools cannot convert it ({one_line(error)})"
             ) from error
-        describe(package, part.name, {}, "mobilemm", "")
         inputs, outputs = signature(package)
         files = sorted(path for path in package.rglob("*") if path.is_file())
         names = tuple(path.relative_to(folder).as_posix() for path in files)
@@ -122,8 +123,32 @@ class CoreMLTarget:
 
         return run_part(part, folder / exported.file, inputs)
 
+    def join(self, exported: Mapping[str, Exported], folder: Path) -> Mapping[str, Exported]:
+        return exported
+
+    def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
+        """In float16 what is wanted in float32; activations in float16, also where int8 ones are wanted."""
+        return QuantizationPlan({name: _stored(name, plan.part(name)) for name in PARTS})
+
     def companions(self, manifest: Manifest) -> dict[str, str]:
         return {}
+
+    def label(self, manifest: Manifest, folder: Path) -> Manifest:
+        card, parts = manifest.model, {}
+        for name, part in manifest.parts.items():
+            facts = {
+                "model": card.name,
+                "family": card.family,
+                "part": name,
+                "bits": str(part.quantization.bits),
+            }
+            if name == "decoder":
+                facts["context_length"] = str(card.context_length)
+            author = f"{card.name}, by mobilemm"
+            describe(folder / part.file, name, facts, author=author, license=card.license)
+            size = sum((folder / file).stat().st_size for file in part.files)
+            parts[name] = part.model_copy(update={"bytes": size})
+        return manifest.model_copy(update={"parts": parts})
 
     def _write_decoder(self, module: nn.Module, package: Path) -> None:
         """Both functions converted by themselves, then made one package."""
@@ -132,11 +157,12 @@ class CoreMLTarget:
         assert isinstance(module, Decoder)
         spec = module.spec
         buffer = max(-(-spec.context_length // STATE_ALIGNMENT) * STATE_ALIGNMENT, self.options.prefill)
-        lower(module, self.options.layout)
+        lowered = lower(share_tensors(module), self.options.layout)
+        assert isinstance(lowered, Decoder)
         descriptor = ct.utils.MultiFunctionDescriptor()
         with tempfile.TemporaryDirectory(dir=package.parent, prefix=".coreml-") as work:
             for function, length in (("prefill", self.options.prefill), ("decode", 1)):
-                step = DecoderStep(module, length, buffer, self.options.layout).half().eval()
+                step = DecoderStep(lowered, length, buffer, self.options.layout).half().eval()
                 known = {
                     "inputs_embeds": _Input((1, length, spec.hidden_size), torch.float16),
                     "position_ids": _Input((1, length), torch.int32),
@@ -153,7 +179,7 @@ class CoreMLTarget:
             ct.utils.save_multifunction(descriptor, str(package))
 
     def _write_embedding(self, module: nn.Module, package: Path) -> None:
-        embedding = lower(TokenEmbedding(module)).half().eval()  # type: ignore[arg-type]
+        embedding = lower(share_tensors(TokenEmbedding(module))).half().eval()  # type: ignore[arg-type]
         ids = _Input((1, None), torch.int32)
         self._convert(embedding, {"input_ids": ids}, ["inputs_embeds"], package)
 
@@ -216,6 +242,16 @@ class _Input:
         shape = [ct.RangeDim(1, longest, default=1) if size is None else size for size in self.shape]
         kind = np.int32 if self.dtype == torch.int32 else np.float16
         return ct.TensorType(name=name, shape=shape, dtype=kind)
+
+
+def _stored(part: str, plan: PartPlan) -> PartPlan:
+    def scheme(wanted: WeightScheme) -> WeightScheme:
+        if wanted.bits == 6:
+            raise MobileMMError(f"--target coreml: {part!r} in int6 is not possible; choose int4 or int8")
+        return FLOAT16 if wanted.bits == 32 else wanted
+
+    exceptions = tuple((pattern, scheme(wanted)) for pattern, wanted in plan.exceptions)
+    return PartPlan(scheme(plan.default), exceptions, "float16")
 
 
 @contextlib.contextmanager

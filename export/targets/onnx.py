@@ -28,7 +28,7 @@ from mobilemm.export.decoder import (
     scaled_dot_product,
 )
 from mobilemm.export.parts import Part
-from mobilemm.export.quantization import QuantizedEmbedding
+from mobilemm.export.quantization import QuantizationPlan, QuantizedEmbedding
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.onnx_lowering import (
     CONTRIB,
@@ -134,6 +134,12 @@ class OnnxTarget:
         from mobilemm.export.targets.genai import genai_config
 
         return {} if self.options.standard_ops else {"genai_config.json": genai_config(manifest)}
+
+    def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
+        return plan
+
+    def label(self, manifest: Manifest, folder: Path) -> Manifest:
+        return manifest
 
 
 def _graph(part: Part, module: nn.Module, options: OnnxOptions) -> Any:

@@ -24,7 +24,7 @@ def export(
         typer.Argument(help="Model folder or hub id; left out, the model that ships with mobilemm."),
     ] = None,
     target: Annotated[
-        list[str], typer.Option("--target", "-t", help="onnx; may be given more than once.")
+        list[str], typer.Option("--target", "-t", help="onnx or coreml; may be given more than once.")
     ] = ["onnx"],  # noqa: B006 (typer's own form)
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the bundle goes; left out, NAME-TARGET here.")
@@ -84,6 +84,15 @@ def export(
     ort_format: Annotated[
         bool, typer.Option("--ort-format", help="Also write .ort files, for onnxruntime's minimal builds.")
     ] = False,
+    minimum_deployment_target: Annotated[
+        str, typer.Option(help="Of Core ML: iOS18 or iOS26, and macOS and the others of the same year.")
+    ] = "iOS18",
+    coreml_layout: Annotated[
+        str, typer.Option(help="Of Core ML: gpu, or ane with convolutions for the Neural Engine.")
+    ] = "gpu",
+    prefill_length: Annotated[
+        int, typer.Option(help="Of Core ML: positions that the decoder takes at once.")
+    ] = 64,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell parts, sizes, memory and time to expect.")
@@ -107,6 +116,8 @@ def export(
         raise MobileMMError(f"--kv-cache {kv_cache!r}: choose float32 or int8")
     if kv_cache == "int8" and standard_ops:
         raise MobileMMError("--kv-cache int8 needs onnxruntime's own operators: leave --standard-ops out")
+    if kv_cache == "int8" and "coreml" in names:
+        raise MobileMMError("--kv-cache int8 is for onnx: Core ML keeps states in float16")
     if dtype is not None:
         q_llm, q_embed, q_vision = q_llm or dtype, q_embed or dtype, q_vision or dtype
     plan = make_plan(
@@ -133,6 +144,11 @@ def export(
             "standard_ops": standard_ops,
             "accuracy_level": accuracy_level,
             "ort_format": ort_format,
+        },
+        "coreml": {
+            "minimum_deployment_target": minimum_deployment_target,
+            "layout": coreml_layout,
+            "prefill": prefill_length,
         },
     }
     targets = [find_target(name, **flags.get(name, {})) for name in names]
