@@ -29,7 +29,12 @@ from mobilemm.export.decoder import Decoder
 from mobilemm.export.parts import Part, TokenEmbedding
 from mobilemm.export.quantization import PARTS, PartPlan, QuantizationPlan, WeightScheme
 from mobilemm.export.targets import Exported
-from mobilemm.export.targets.coreml_conversion import complete_converter, keeps_float32
+from mobilemm.export.targets.coreml_conversion import (
+    STEP_PASSES,
+    complete_converter,
+    keeps_float32,
+    unchecked_passes,
+)
 from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, STATES, DecoderStep, Layout, lower
 from mobilemm.export.targets.coreml_package import describe, require_states, signature
 from mobilemm.export.verify import share_tensors
@@ -100,7 +105,7 @@ class CoreMLTarget:
         package = folder / f"{part.name}{EXTENSION}"
         shutil.rmtree(package, ignore_errors=True)
         try:
-            with _quiet(), torch.no_grad():
+            with _quiet(), unchecked_passes(), torch.no_grad():
                 if part.cache is not None:
                     self._write_decoder(module, package)
                 elif part.name == "embed":
@@ -217,6 +222,7 @@ class CoreMLTarget:
             or None,
             minimum_deployment_target=getattr(ct.target, self.options.minimum_deployment_target),
             compute_precision=ct.transform.FP16ComputePrecision(lambda op: not keeps_float32(op)),
+            pass_pipeline=ct.PassPipeline(list(STEP_PASSES), "decoder step") if states else None,
             package_dir=str(package),
             skip_model_load=True,
         )

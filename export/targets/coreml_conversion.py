@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -20,6 +22,45 @@ def complete_converter() -> None:
 
     register_torch_op(mobilemm_mt, torch_alias=["mt"], override=True)
 
+
+@contextlib.contextmanager
+def unchecked_passes() -> Iterator[None]:
+    """coremltools checks the whole program behind each pass, which takes as long as the passes."""
+    from coremltools.converters.mil.mil import Program
+
+    check = Program.validate
+    Program.validate = lambda self, check_essential_scope=False: None
+    try:
+        yield
+    finally:
+        Program.validate = check
+
+
+# What a decoder step, traced in float16, has need of among coremltools' ninety passes. Each of them walks the
+# whole program and checks it anew, and those left out look for patterns of other models.
+STEP_PASSES = (
+    "common::update_output_dtypes",
+    "common::const_elimination",
+    "common::sanitize_input_output_names",
+    "common::noop_elimination",
+    "common::fuse_squeeze_expand_dims",
+    "common::merge_consecutive_reshapes",
+    "common::merge_consecutive_transposes",
+    "common::reduce_transposes",
+    "common::dedup_op_and_var_names",
+    "common::add_fp16_cast",
+    "common::update_output_dtypes",
+    "common::const_elimination",
+    "common::dead_code_elimination",
+    "common::cast_optimization",
+    "common::remove_redundant_ops",
+    "common::canonicalize_inplace_pattern",
+    "common::prefer_state_in_downstream",
+    "common::const_elimination",
+    "common::const_deduplication",
+    "common::topological_reorder",
+    "common::dead_code_elimination",
+)
 
 # What lies between an angle's computation and its sine.
 _ON_THE_WAY_TO_SINES = frozenset(
