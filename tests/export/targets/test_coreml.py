@@ -1,4 +1,4 @@
-"""Decoders as Core ML packages on the reference interpreter, against transformers' own causal language models."""
+"""Decoders as Core ML packages on the reference interpreter, against transformers' own language models."""
 
 from __future__ import annotations
 
