@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,8 @@ from mobilemm.errors import MobileMMError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mobilemm.runtime.conversation import Conversation
 
 Images = Annotated[
     list[Path] | None,
@@ -33,14 +35,6 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[float, typer.Option(min=0.1, help="Above 1 it discourages repeats.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")]
-
-
-class Conversation(Protocol):
-    """What both kinds of session do."""
-
-    def look_at(self, picture: Any) -> None: ...
-    def reset(self) -> None: ...
-    def stream(self, text: str) -> Iterator[str]: ...
 
 
 def talk(

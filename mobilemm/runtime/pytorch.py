@@ -6,19 +6,19 @@ import logging
 import queue
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 
 from mobilemm.data.images import open_image
 from mobilemm.errors import MobileMMError
+from mobilemm.runtime.conversation import Conversation, refuse_full_context
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.streaming import TextStream
 
 
-class ChatSession:
+class ChatSession(Conversation):
     """One conversation. Works with mobilemm's models and with any image-text-to-text model of transformers.
 
     A model whose processor has no chat template (PaliGemma) answers each question by itself, about the
@@ -34,18 +34,7 @@ class ChatSession:
         self, model: Any, processor: Any, sampling: Sampling | None = None, system: str | None = None
     ) -> None:
         self.model, self.processor = model, processor
-        self.sampling = sampling or Sampling()
-        self.system = system
-        self.messages: list[dict[str, Any]] = []
-        self.pending: list[Any] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets all that was said and shown."""
-        self.pending = []
-        self.messages = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
+        super().__init__(sampling, system)
 
     def look_at(self, picture: Any) -> None:
         """Shows a picture (a path, encoded bytes or a PIL image); it goes with what is said next.
@@ -54,48 +43,14 @@ class ChatSession:
         """
         self.pending.append(open_image(picture))
 
-    def reply(self, text: str) -> str:
-        """The answer to `text` in one piece."""
-        return "".join(self.stream(text))
-
-    def stream(self, text: str) -> Iterator[str]:
-        """The answer to `text` as it comes, in pieces of whole characters that join to the answer.
-
-        A stream that is closed early, or interrupted with Ctrl-C, stops the model; what it had said by then
-        is remembered as its answer, or, when it had said nothing, the turn is forgotten.
-
-        Raises MobileMMError when the conversation no longer fits into the model's context or its processor
-        refuses it, and whatever generating raises. After an error the conversation is what it was before,
-        with the pictures still waiting.
-        """
-        content = [{"type": "image", "image": picture} for picture in self.pending]
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        inputs = self._encode([*self.messages, turn])
-        length, context = inputs["input_ids"].shape[1], context_length(self.model)
-        if context and length >= context:
-            raise MobileMMError(
-                f"the prompt is {length} tokens long, pictures included; this model's context is {context}:"
-                " shorten it, or start anew"
-            )
+    def _answer(self, messages: list[dict[str, Any]]) -> Generator[str]:
+        inputs = self._encode(messages)
         sampling = self.sampling.options()
-        if context:
+        if context := context_length(self.model):
+            length = inputs["input_ids"].shape[1]
+            refuse_full_context(length, context)
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - length)
-        pieces: list[str] = []
-        finished = False
-        try:
-            with closing(self._generate(inputs, sampling)) as stream:
-                for piece in stream:
-                    pieces.append(piece)
-                    yield piece
-            finished = True
-        except (GeneratorExit, KeyboardInterrupt):
-            finished = bool(pieces)
-            raise
-        finally:
-            if finished:
-                self.pending = []
-                answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
-                self.messages += [turn, answer]
+        return self._generate(inputs, sampling)
 
     def _encode(self, messages: list[dict[str, Any]]) -> Any:
         from jinja2 import TemplateError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mobilemm.data.images import ImageSource
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import Array, Backend, Decoder
+from mobilemm.runtime.conversation import Conversation, refuse_full_context
 from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.prompt import PromptTokenizer
 from mobilemm.runtime.sampling import Sampler, Sampling
@@ -73,7 +74,7 @@ class Stats:
         )
 
 
-class Session:
+class Session(Conversation):
     """One conversation with a bundle, over whatever runs it.
 
     Each turn renders and tokenizes the whole conversation, and prefills only what the cache does not hold
@@ -97,8 +98,6 @@ class Session:
     ) -> None:
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
-        self.sampling = sampling or Sampling()
-        self.system = system
         self.keep_vision = keep_vision
         model, prompt = self.manifest.model, self.manifest.prompt
         self.tokenizer = PromptTokenizer(
@@ -112,16 +111,7 @@ class Session:
         self._cached: list[int] = []
         self._shown: list[str] = []
         self._next_position = 0
-        self.messages: list[dict[str, Any]] = []
-        self.pending: list[Picture] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets all that was said and shown."""
-        self.pending = []
-        self.messages = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
+        super().__init__(sampling, system)
 
     def look_at(self, picture: ImageSource) -> None:
         """Shows a picture (a path, encoded bytes or a PIL image); it goes with what is said next.
@@ -133,45 +123,12 @@ class Session:
         pixels = to_pixels(picture, self.manifest.image)
         self.pending.append(Picture(pixels, hashlib.sha256(pixels.tobytes()).hexdigest()))
 
-    def reply(self, text: str) -> str:
-        """The answer to `text` in one piece."""
-        return "".join(self.stream(text))
-
-    def stream(self, text: str) -> Iterator[str]:
-        """The answer to `text` as it comes, in pieces of whole characters that join to the answer.
-
-        A stream that is closed early, or interrupted with Ctrl-C, stops; what was said by then is remembered
-        as the answer, or, when nothing was, the turn is forgotten. `stats` tells what it took.
-
-        Raises MobileMMError when the conversation no longer fits into the model's context, its template
-        refuses it, or a part fails. After an error the conversation is what it was before, with the pictures
-        still waiting.
-        """
-        content = [{"type": "image", "image": picture} for picture in self.pending]
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        messages = [*self.messages, turn]
+    def _answer(self, messages: list[dict[str, Any]]) -> Generator[str]:
+        """As told; `stats` says what it took."""
         ids = self.tokenizer.encode(messages)
         context = self.manifest.model.context_length
-        if len(ids) >= context:
-            raise MobileMMError(
-                f"the prompt is {len(ids)} tokens long, pictures included; this model's context is {context}:"
-                " shorten it, or start anew"
-            )
-        pieces: list[str] = []
-        finished = False
-        try:
-            for piece in self._generate(ids, _pictures(messages), context - len(ids)):
-                pieces.append(piece)
-                yield piece
-            finished = True
-        except (GeneratorExit, KeyboardInterrupt):
-            finished = bool(pieces)
-            raise
-        finally:
-            if finished:
-                self.pending = []
-                answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
-                self.messages += [turn, answer]
+        refuse_full_context(len(ids), context)
+        return self._generate(ids, _pictures(messages), context - len(ids))
 
     def _generate(self, ids: list[int], pictures: list[Picture], room: int) -> Generator[str]:
         stats = self.stats = Stats(prompt_tokens=len(ids))
