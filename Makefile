@@ -13,6 +13,8 @@ DEMO_IMAGE ?= docs/demo.png
 DEMO_PROMPT ?= What is in this picture?
 DEMO_BUNDLE ?= build/mobilemm-default-onnx
 PYTEST_FLAGS ?=
+# Processes that share the tests, file by file, of one thread and up to 3 GB each.
+JOBS ?= 2
 
 # Here and not in the recipe, because a comma would end the argument of a $(call …).
 PROJECT := -e '.[all,dev]'
@@ -66,7 +68,7 @@ demo: $(STAMP) ## let the default model describe a picture, export it, and let t
 	$(BIN)/mobilemm run "$(DEMO_BUNDLE)" --image "$(DEMO_IMAGE)" --prompt "$(DEMO_PROMPT)"
 
 test: $(JUDGES) ## run every test (some of them only: make test PYTEST_FLAGS="-m 'not slow'")
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: typecheck ## ruff and mypy
 	$(BIN)/ruff check .
