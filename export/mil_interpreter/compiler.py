@@ -125,23 +125,22 @@ class Call(Step):
         if kind == "list[Tensor]":
             self.fetched.append((name, self._fetch_all(operands)))
             return
+        if kind.startswith("list[") and len(operands) > 1:  # numbers one by one
+            inner = kind[5:-1]
+            self.fetched.append((name, lambda values: [_python(one, inner, values) for one in operands]))
+            return
         if len(operands) != 1:
-            raise TypeError(f"{name} has {len(operands)} values")
+            raise TypeError(f"{len(operands)} values where one is expected")
         (operand,) = operands
-        if isinstance(operand, Expression):
-            if kind == "Tensor":
+        if kind in ("Tensor", "TensorList"):
+            if isinstance(operand, Expression):
                 self.pending.append((name, operand))
             else:
-                self.fixed[name] = operand.python(kind)
-        elif kind in ("Tensor", "TensorList"):
-            self.slots.append((name, operand))
+                self.slots.append((name, operand))
+        elif isinstance(operand, Expression):
+            self.fixed[name] = operand.python(kind)
         else:
-            slot = operand
-
-            def fetch(values: Values) -> Any:
-                return to_python(values[slot].numpy(), kind)
-
-            self.fetched.append((name, fetch))
+            self.fetched.append((name, lambda values: _python(operand, kind, values)))
 
     def run(self, run: Run) -> None:
         if self.pending:
@@ -277,6 +276,12 @@ class Loop(Step):
         for slot, value in zip(program.inputs, state, strict=True):
             run.values[slot] = value
         program.run(run)
+
+
+def _python(operand: Operand, kind: str, values: Values) -> Any:
+    return (
+        operand.python(kind) if isinstance(operand, Expression) else to_python(values[operand].numpy(), kind)
+    )
 
 
 def _value(operand: Operand, run: Run, store: ConstantStore) -> Any:

@@ -104,7 +104,8 @@ def read_signature(package: Package, function: Function, results: dict[str, Tens
 
 def _feature(package: Package, stored: Any, declared: TensorType) -> Feature:
     shape: tuple[int | None, ...] = declared.shape
-    ranges = shapes = image = None
+    ranges = shapes = None
+    image: Any = None
     default = 0.0
     kind = stored.type.WhichOneof("Type")
     if kind == "multiArrayType":

@@ -31,27 +31,26 @@ def _interpolated(x: Tensor, axis: int, grid: Tensor) -> Tensor:
     return x.index_select(axis, below) * (1 - weight) + x.index_select(axis, above) * weight
 
 
-def _grid(begin: float, end: float, size: int, count: int, mode: str) -> Tensor:
-    """`count` points between `begin` and `end`, counted in elements, of a dimension of `size`."""
+def _grid(size: int, count: int, mode: str) -> Tensor:
+    """`count` points, counted in elements, of a dimension of `size`."""
     steps = torch.arange(count, dtype=torch.float64)
-    extent = end - begin + 1
     match mode:
         case "STRICT_ALIGN_CORNERS" | "ALIGN_CORNERS" if count > 1:
-            points = steps * ((extent - 1) / (count - 1))
+            points = steps * ((size - 1) / (count - 1))
         case "ALIGN_CORNERS":
-            points = steps + (extent - 1) / 2
+            points = steps + (size - 1) / 2
         case "STRICT_ALIGN_CORNERS":
             points = steps
         case "DEFAULT":
-            points = steps * (extent / count)
+            points = steps * (size / count)
         case "OFFSET_CORNERS":
-            delta = max(1.0, extent - 1) / count
+            delta = max(1.0, size - 1) / count
             points = 0.5 * delta + steps * delta
         case "UNALIGN_CORNERS":
-            points = (steps + 0.5) * (extent / count) - 0.5
+            points = (steps + 0.5) * (size / count) - 0.5
         case _:
             raise ValueError(f"unknown sampling_mode {mode!r}")
-    return (begin + points).clamp(0, size - 1)
+    return points.clamp(0, size - 1)
 
 
 def _bilinear(x: Tensor, height: int, width: int, mode: str) -> Tensor:
@@ -60,7 +59,7 @@ def _bilinear(x: Tensor, height: int, width: int, mode: str) -> Tensor:
         raise ValueError(f"a size of {height} × {width}")
     for axis, count in ((-2, height), (-1, width)):
         size = x.shape[axis]
-        x = _interpolated(x, x.dim() + axis, _grid(0, size - 1, size, count, mode))
+        x = _interpolated(x, x.dim() + axis, _grid(size, count, mode))
     return x
 
 
@@ -105,7 +104,7 @@ def resize(
     x: Tensor,
     shape: list[int],
     resized_dims: int,
-    interpolation_mode: str,
+    interpolation_mode: str = "LINEAR",
     sampling_mode: str = "DEFAULT",
 ) -> Tensor:
     """Resizes the last `resized_dims` dimensions (one or two) to the last sizes of `shape`; 0 keeps one."""
@@ -176,59 +175,3 @@ def affine(
     matrices = transform_matrix.float().reshape(-1, 2, 3).expand(x.shape[0], 2, 3)
     grid = F.affine_grid(matrices, [*x.shape[:2], output_height, output_width], align_corners)
     return resample(x, grid, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners)
-
-
-@op("crop_resize")
-def crop_resize(
-    x: Tensor,
-    roi: Tensor | None = None,
-    boxes: Tensor | None = None,
-    box_indices: list[int] | None = None,
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-    pad_value: float | None = None,
-) -> Tensor:
-    """Boxes cut out of pictures and resized.
-
-    Up to iOS 16 `roi` (boxes, 1, 4 or 5, 1, 1), the first of five being the picture, gives (boxes, pictures,
-    channels, height, width); from iOS 17 `boxes` (boxes, 4) with `box_indices` gives (boxes, channels,
-    height, width).
-    """
-    pictures = x.shape[0]
-    if roi is not None:
-        rows = roi.reshape(roi.shape[0], -1)
-        every = rows.shape[1] == 4
-        rows, chosen = (rows, None) if every else (rows[:, 1:], rows[:, 0].long().tolist())
-    elif boxes is not None:
-        rows, every, chosen = boxes, False, box_indices
-        chosen = list(range(len(rows))) if chosen is None else chosen
-    else:
-        raise ValueError("neither roi nor boxes")
-    check_elements(len(rows), pictures if every else 1, x.shape[1], target_height, target_width)
-    out = []
-    for i, row in enumerate((rows.double() * spatial_scale).tolist()):
-        first, second, third, fourth = row
-        if box_coordinate_mode.endswith("WIDTH_FIRST"):
-            first, second, third, fourth = second, first, fourth, third
-        if box_coordinate_mode.startswith("CENTER_SIZE"):
-            first, second, third, fourth = (
-                first - third / 2,
-                second - fourth / 2,
-                first + third / 2,
-                second + fourth / 2,
-            )
-        elif not box_coordinate_mode.startswith("CORNERS"):
-            raise ValueError(f"unknown box_coordinate_mode {box_coordinate_mode!r}")
-        height, width = x.shape[-2:]
-        if normalized_coordinates:
-            first, third = first * (height - 1), third * (height - 1)
-            second, fourth = second * (width - 1), fourth * (width - 1)
-        source = x if chosen is None else x[chosen[i]][None]
-        source = _interpolated(source, 2, _grid(first, third, height, target_height, sampling_mode))
-        out.append(_interpolated(source, 3, _grid(second, fourth, width, target_width, sampling_mode)))
-    stacked = torch.stack(out) if out else x.new_zeros(0, 1, x.shape[1], target_height, target_width)
-    return stacked if roi is not None else stacked[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def save_program(
         outputs = build(*function.inputs.values())
         function.set_outputs(list(outputs) if isinstance(outputs, list | tuple) else [outputs])
         program.add_function("main", function)
+    gc.freeze()  # coremltools collects garbage at each conversion, which takes long beside so many modules
     model = ct.convert(
         program,
         convert_to="mlprogram",
@@ -50,5 +52,27 @@ def save_program(
         skip_model_load=True,
         **options,
     )
+    gc.unfreeze()
+    model.save(str(path))
+    return path
+
+
+def convert_module(
+    path: Path, module: Any, inputs: Sequence[Any], half: bool = False, target: Any = ct.target.iOS18
+) -> Path:
+    """Traces a PyTorch module and converts it with coremltools' own settings; inputs are named x0, x1, …"""
+    import torch
+
+    with torch.no_grad():
+        traced = torch.jit.trace(module, tuple(inputs), check_trace=False)
+    gc.freeze()
+    model = ct.convert(
+        traced,
+        inputs=[ct.TensorType(name=f"x{i}", shape=tuple(tensor.shape)) for i, tensor in enumerate(inputs)],
+        minimum_deployment_target=target,
+        compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    gc.unfreeze()
     model.save(str(path))
     return path
