@@ -32,7 +32,7 @@ from mobilemm.runtime.manifest_check import shown
 MOST_LIVE_ELEMENTS = 2**28
 """Elements of all values that are alive at once, constants and states apart (1 GB)."""
 
-MOST_LOOPED_OPERATIONS = 5_000_000
+MOST_LOOPED_OPERATIONS = 2_000_000
 """Operations that loops may run in one call, so that none goes on for ever."""
 
 LARGE = 2**20
@@ -415,8 +415,8 @@ class Compiler:
         if operation.type == "write_state":
             value = self._operand(operation.operand("data"), scope, operation.location)
             return WriteState(operation, state, value, self.store, id(operation) in in_place.writes)
-        if len(operation.outputs) != 1:
-            raise MobileMMError(f"{operation.location}: reads {len(operation.outputs)} values")
+        if len(operation.outputs) != 1:  # in a block inside
+            raise MobileMMError(f"{operation.location}: has {len(operation.outputs)} outputs, not one")
         return ReadState(operation, state, self._define(operation.outputs[0][0], scope))
 
     def _nested(self, operation: Operation, scope: Scope) -> list[Program]:
@@ -489,6 +489,8 @@ def states_updated_in_place(block: Block, known: Mapping[str, Handler]) -> InPla
     accesses: dict[str, list[int]] = {}
     left_alone: set[str] = set()  # states that blocks inside touch, or that some write gave other memory
     for index, operation in enumerate(operations):
+        if operation.type in ("read_state", "slice_update") and len(operation.outputs) != 1:
+            raise MobileMMError(f"{operation.location}: has {len(operation.outputs)} outputs, not one")
         if operation.type in STATE_OPERATIONS:
             accesses.setdefault(str(operation.operand("input")), []).append(index)
         for inner in (inner for nested in operation.blocks for inner in walk(nested)):

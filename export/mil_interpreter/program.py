@@ -22,6 +22,8 @@ from mobilemm.export.mil_interpreter.protobuf import coreml_protobuf
 from mobilemm.runtime.manifest_check import shown
 
 LARGEST_DIMENSION = 2**31
+# Operations, arguments and outputs together: ten times what large models have.
+MOST_ITEMS = 500_000
 MOST_DIMENSIONS = 32
 
 
@@ -127,9 +129,11 @@ def read_functions(package: Package) -> dict[str, Function]:
     program = package.specification.mlProgram
     if not program.functions:
         raise package.error("its program has no function")
-    return {
-        name: _Reader(package, name).function(program.functions[name]) for name in sorted(program.functions)
-    }
+    reader, functions = _Reader(package), {}
+    for name in sorted(program.functions):
+        reader.name = name
+        functions[name] = reader.function(program.functions[name])
+    return functions
 
 
 def walk(block: Block) -> Iterator[Operation]:
@@ -141,14 +145,20 @@ def walk(block: Block) -> Iterator[Operation]:
 
 
 class _Reader:
-    """Reads one function."""
+    """Reads the functions of a package, one after the other; `name` is that of the one being read."""
 
-    def __init__(self, package: Package, function: str) -> None:
-        self.package, self.name = package, function
+    def __init__(self, package: Package) -> None:
+        self.package, self.name, self.items = package, "", 0
         self.dtypes = {number: name for name, number in coreml_protobuf()[1].DataType.items()}
 
     def error(self, wrong: str) -> MobileMMError:
         return self.package.error(f"function {shown(self.name)}: {wrong}")
+
+    def count(self, items: int) -> None:
+        """Counts what is about to be read, so that a few bytes do not become all memory."""
+        self.items += items
+        if self.items > MOST_ITEMS:
+            raise self.error(f"its program has more than {MOST_ITEMS:,} operations and arguments")
 
     def function(self, function: Any) -> Function:
         block = function.block_specializations.get(function.opset)
@@ -156,6 +166,7 @@ class _Reader:
             raise self.error(f"has no block for its opset {shown(function.opset)}")
         if block.inputs:
             raise self.error("its block has inputs of its own")
+        self.count(len(function.inputs))
         inputs = tuple(
             (value.name, self.type(value.type, f"input {value.name}")) for value in function.inputs
         )
@@ -177,6 +188,7 @@ class _Reader:
         for name, _ in inputs:
             define(name, "inputs")
         operations = []
+        self.count(len(block.operations) + len(block.outputs))
         for stored in block.operations:
             operation = self.operation(stored, known)
             for name, _ in operation.outputs:
@@ -194,6 +206,7 @@ class _Reader:
         arguments: dict[str, list[Operand]] = {}
         for name in stored.inputs:
             operands: list[Operand] = []
+            self.count(len(stored.inputs[name].arguments) + 1)
             for binding in stored.inputs[name].arguments:
                 if binding.WhichOneof("binding") == "value":
                     operands.append(self.constant(binding.value, where))
@@ -205,8 +218,10 @@ class _Reader:
         for name in stored.attributes:
             if name != "name":
                 arguments[name] = [self.constant(stored.attributes[name], where)]
+        self.count(len(stored.attributes) + len(stored.blocks) + len(stored.outputs))
         blocks = []
         for inner in stored.blocks:
+            self.count(len(inner.inputs))
             inputs = tuple((value.name, self.type(value.type, where)) for value in inner.inputs)
             blocks.append(self.block(inner, inputs, known))
         outputs = tuple((value.name, self.type(value.type, where)) for value in stored.outputs)
@@ -246,6 +261,7 @@ class _Reader:
             kind = immediate.WhichOneof("value")
             if kind not in ("list", "tuple"):
                 raise self.error(f"{where}: a constant of the unknown kind {shown(kind)}")
+            self.count(len(getattr(immediate, kind).values))
             items = tuple(self.constant(item, where) for item in getattr(immediate, kind).values)
             return Constant(self.package, TensorType("STRING", (len(items),)), items)
         declared = self.type(stored.type, where)
