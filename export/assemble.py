@@ -155,14 +155,6 @@ def _refuse_short_context(model: Model) -> None:
 
 def describe(model: Model, target: Target, records: dict[str, Record]) -> manifest.Manifest:
     """The manifest, but for its files and conversation."""
-    split, spec = model.split, model.decoder.spec
-    text = split.text_config
-    eos = text.eos_token_id
-    eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []
-    tokenizer_eos = getattr(split.processor.tokenizer, "eos_token_id", None)
-    if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
-        eos_ids.append(tokenizer_eos)
-    pad = text.pad_token_id
     runtime = target.runtime
     if any(one.dtype == "int8" for record in records.values() for one in record.part.inputs):
         runtime = runtime.model_copy(update={"min_version": INT8_CACHE_RUNTIME})
@@ -171,25 +163,9 @@ def describe(model: Model, target: Target, records: dict[str, Record]) -> manife
         created_by={**created_by(), **runtime_version(target.name), "machine": machine()},
         target=target.name,
         runtime=runtime,
-        model=manifest.ModelCard(
-            name=model.name,
-            family=split.family,
-            license=model.license,
-            context_length=spec.context_length,
-            hidden_size=spec.hidden_size,
-            vocab_size=spec.vocab_size,
-            num_layers=spec.num_layers,
-            num_attention_heads=spec.num_attention_heads,
-            num_key_value_heads=spec.num_key_value_heads,
-            head_dim=spec.head_dim,
-            num_image_tokens=split.num_image_tokens,
-            image_token_id=split.image_token_id,
-            bos_token_id=text.bos_token_id,
-            eos_token_ids=eos_ids,
-            pad_token_id=pad if pad is not None and pad >= 0 else (eos_ids or [0])[0],
-        ),
+        model=model.card(),
         parts={name: record.part for name, record in records.items()},
-        image=split.image,
+        image=model.split.image,
         prompt=model.prompt,
         golden=[record.golden for record in records.values() if record.golden is not None],
         conversations=[],

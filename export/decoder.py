@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -171,7 +171,16 @@ class Decoder(nn.Module):
             position_ids: (3, batch, length), only with M-RoPE; other positions are counted by the cache.
             logits_positions: (n,) which positions' logits are wanted, -1 the last; None for all.
         """
-        rotary = self.rotary(position_ids)
+        return self.run(inputs_embeds, cache, self.rotary(position_ids), logits_positions)
+
+    def run(
+        self,
+        inputs_embeds: Tensor,
+        cache: Cache,
+        rotary: Sequence[Rotary],
+        logits_positions: Tensor | slice | None = None,
+    ) -> Tensor:
+        """As `forward`, with the cosines and sines that `cache` turns by, one for each rope table."""
         hidden: Tensor = inputs_embeds
         residual: Tensor | None = None
         for layer in self.layers:
@@ -181,7 +190,7 @@ class Decoder(nn.Module):
         return self.logits(hidden, residual, logits_positions)
 
     def logits(
-        self, hidden: Tensor, residual: Tensor | None, logits_positions: Tensor | None = None
+        self, hidden: Tensor, residual: Tensor | None, logits_positions: Tensor | slice | None = None
     ) -> Tensor:
         """The last layer's output → logits, at the positions asked for."""
         normed, _ = self.norm(hidden, residual)
@@ -207,9 +216,9 @@ class Decoder(nn.Module):
         return [Rotary(angles.cos() * scaling, angles.sin() * scaling, per_token=True)]
 
 
-def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+def take_positions(hidden: Tensor, positions: Tensor | slice) -> Tensor:
     """(batch, length, hidden), (n,) → (batch, n, hidden); negative positions count from the end."""
-    if torch.onnx.is_in_onnx_export():
+    if isinstance(positions, Tensor) and torch.onnx.is_in_onnx_export():
         # ONNX's Gather counts from the end by itself; PyTorch's index would export to more nodes.
         shape = (hidden.shape[0], positions.shape[0], hidden.shape[2])
         return torch.onnx.ops.symbolic(

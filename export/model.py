@@ -49,6 +49,34 @@ class Model:
         assert isinstance(module, Decoder)
         return module
 
+    def card(self) -> manifest.ModelCard:
+        """Dimensions and special tokens."""
+        split, spec = self.split, self.decoder.spec
+        text = split.text_config
+        eos = text.eos_token_id
+        eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []
+        tokenizer_eos = getattr(split.processor.tokenizer, "eos_token_id", None)
+        if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
+            eos_ids.append(tokenizer_eos)
+        pad = text.pad_token_id
+        return manifest.ModelCard(
+            name=self.name,
+            family=split.family,
+            license=self.license,
+            context_length=spec.context_length,
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            num_layers=spec.num_layers,
+            num_attention_heads=spec.num_attention_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
+            num_image_tokens=split.num_image_tokens,
+            image_token_id=split.image_token_id,
+            bos_token_id=text.bos_token_id,
+            eos_token_ids=eos_ids,
+            pad_token_id=pad if pad is not None and pad >= 0 else (eos_ids or [0])[0],
+        )
+
     def with_context(self, longest: int | None) -> Model:
         """The same model for conversations of so many tokens, or as long as it knows when that is less."""
         known = int(self.split.text_config.max_position_embeddings)

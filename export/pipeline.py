@@ -100,7 +100,7 @@ def export_parts(
         release()
     if target.joins and exports:
         report("joining")
-        for name, joined in target.join(exports, work).items():
+        for name, joined in target.join(exports, work, model.card()).items():
             files = {"file": f"parts/{joined.file}", "files": [f"parts/{file}" for file in joined.files]}
             records[name] = replace(records[name], part=records[name].part.model_copy(update=files))
             keep_record(work, name, records[name])

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from mobilemm.export.parts import Part
     from mobilemm.export.quantization import QuantizationPlan
-    from mobilemm.runtime.manifest import Manifest, Runtime, Tensor
+    from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime, Tensor
 
-TARGETS = ("onnx", "coreml")
+TARGETS = ("onnx", "coreml", "executorch")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Target(Protocol):
         What lies there from an earlier, broken try is replaced.
         """
 
-    def join(self, exported: Mapping[str, Exported], folder: Path) -> Mapping[str, Exported]:
+    def join(
+        self, exported: Mapping[str, Exported], folder: Path, card: ModelCard
+    ) -> Mapping[str, Exported]:
         """All parts as one file, where the target joins them; those of each part alone are removed."""
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
@@ -97,4 +99,8 @@ def find_target(name: str, **options: Any) -> Target:
         from mobilemm.export.targets.coreml import CoreMLOptions, CoreMLTarget
 
         return CoreMLTarget(CoreMLOptions(**options))
+    if name == "executorch":
+        from mobilemm.export.targets.executorch import ExecutorchOptions, ExecutorchTarget
+
+        return ExecutorchTarget(ExecutorchOptions(**options))
     raise MobileMMError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")

@@ -41,7 +41,7 @@ from mobilemm.export.targets.onnx_lowering import (
 from mobilemm.export.targets.onnx_mobile import usability, write_ort
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
-from mobilemm.runtime.manifest import Manifest, Runtime
+from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
 
 # The part's default where a caller does not say which positions' logits it wants: the last.
 OPTIONAL_INPUTS = {"logits_positions": [-1]}
@@ -110,7 +110,9 @@ class OnnxTarget:
         notes = (f"{part.name} on accelerators: {usability(path)}",) if part.name == "vision" else ()
         return Exported(path.name, tuple(files), inputs, outputs, notes=notes)
 
-    def join(self, exported: Mapping[str, Exported], folder: Path) -> Mapping[str, Exported]:
+    def join(
+        self, exported: Mapping[str, Exported], folder: Path, card: ModelCard
+    ) -> Mapping[str, Exported]:
         return exported
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:

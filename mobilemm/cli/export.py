@@ -24,7 +24,7 @@ def export(
         typer.Argument(help="Model folder or hub id; left out, the model that ships with mobilemm."),
     ] = None,
     target: Annotated[
-        list[str], typer.Option("--target", "-t", help="onnx or coreml; may be given more than once.")
+        list[str], typer.Option("--target", "-t", help="onnx, coreml or executorch; may be given more than once.")
     ] = ["onnx"],  # noqa: B006 (typer's own form)
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the bundle goes; left out, NAME-TARGET here.")
@@ -93,6 +93,12 @@ def export(
     prefill_length: Annotated[
         int, typer.Option(help="Of Core ML: positions that the decoder takes at once.")
     ] = 64,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Of ExecuTorch: xnnpack, or portable (slow).")
+    ] = "xnnpack",
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Let ExecuTorch operators run that no backend takes.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell parts, sizes, memory and time to expect.")
@@ -150,6 +156,7 @@ def export(
             "layout": coreml_layout,
             "prefill": prefill_length,
         },
+        "executorch": {"backend": backend, "allow_fallback": allow_fallback},
     }
     targets = [find_target(name, **flags.get(name, {})) for name in names]
     if dry_run:

@@ -1,8 +1,8 @@
 """A bundle's folder, opened as a stranger's: the one place where its integrity is checked.
 
 Nothing that `open_bundle` has not looked at is ever loaded: the manifest is read with limits, each file must
-be a plain file inside the folder with the size and hash that the manifest says, and ONNX parts are checked
-without a runtime (`mobilemm.runtime.onnx_check`).
+be a plain file inside the folder with the size and hash that the manifest says, and parts are checked without a
+runtime (`mobilemm.runtime.onnx_check`, `executorch_check`).
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
 
         for name in manifest.parts:
             check_onnx_part(folder, manifest, name, values=verify)
+    elif manifest.target == "executorch":
+        from mobilemm.runtime.executorch_check import check_executorch_parts
+
+        check_executorch_parts(folder, manifest)
     return Bundle(folder, manifest)
 
 

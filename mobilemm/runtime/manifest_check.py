@@ -132,6 +132,8 @@ def _disagreements(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from _text_faults(manifest)
     if manifest.target == "onnx":
         yield from _onnx_faults(manifest)
+    elif manifest.target == "executorch":
+        yield from _executorch_faults(manifest)
 
 
 def _file_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -262,6 +264,32 @@ def _onnx_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
             return
         for name in names:
             yield from _tensor_faults("decoder", decoder, side, name, cache, (*FLOATS, "int8"))
+
+
+def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Whether the parts' tensors are those of the ExecuTorch contract, in the model's sizes."""
+    model, image = manifest.model, manifest.image
+    for name, part in manifest.parts.items():
+        if not part.file.endswith(".pte"):
+            yield f"parts.{shown(name)[1:-1]}.file", "must be a .pte file in a bundle for executorch"
+    wanted = ["embed", "decoder"] if image is None else ["vision", "embed", "decoder"]
+    for name in wanted:
+        if name not in manifest.parts:
+            yield "parts", f"the part {name!r} is missing"
+            return
+    hidden, tokens = model.hidden_size, model.num_image_tokens
+    if image is not None:
+        vision = manifest.parts["vision"]
+        yield from _tensor_faults("vision", vision, "inputs", "image", (1, 3, image.height, image.width), ("uint8",))
+        yield from _tensor_faults("vision", vision, "outputs", "image_features", (1, tokens, hidden))
+    embed, decoder = manifest.parts["embed"], manifest.parts["decoder"]
+    yield from _tensor_faults("embed", embed, "inputs", "tokens", (1, None), ("int64",))
+    yield from _tensor_faults("embed", embed, "outputs", "inputs_embeds", (1, None, hidden))
+    yield from _tensor_faults("decoder", decoder, "inputs", "inputs_embeds", (1, None, hidden))
+    yield from _tensor_faults("decoder", decoder, "inputs", "cache_position", (1,), ("int64",))
+    if any(tensor.name == "position_ids" for tensor in decoder.inputs):
+        yield from _tensor_faults("decoder", decoder, "inputs", "position_ids", (3, 1, None), ("int64",))
+    yield from _tensor_faults("decoder", decoder, "outputs", "logits", (1, 1, model.vocab_size))
 
 
 FLOATS = ("float32", "float16")

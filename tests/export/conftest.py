@@ -18,6 +18,7 @@ from mobilemm.export.decoder_spec import decoder_spec
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.quantization import make_plan
 from mobilemm.export.targets import find_target
+from mobilemm.runtime.bundle import Bundle
 from tests.export.tiny_checkpoint import write_checkpoint
 
 
@@ -98,6 +99,15 @@ def in_int4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expor
     assert not folder.exists()
     result = export_bundle(str(checkpoint), find_target("onnx"), folder, options, report=told.append)
     return Exported(result, options, tuple(told))
+
+
+@pytest.fixture(scope="session")
+def in_executorch(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`checkpoint` as an ExecuTorch bundle, the language model in 4 bits, the encoder in 8."""
+    pytest.importorskip("executorch")
+    options = ExportOptions(plan=make_plan("int4", method="rtn", block_size=32))
+    folder = tmp_path_factory.mktemp("bundles") / "executorch"
+    return export_bundle(str(checkpoint), find_target("executorch"), folder, options).bundle
 
 
 @pytest.fixture(scope="session")

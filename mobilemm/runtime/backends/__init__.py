@@ -64,6 +64,10 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
         from mobilemm.runtime.backends.onnx import OnnxBackend
 
         return OnnxBackend(bundle, threads)
+    if target == "executorch":
+        from mobilemm.runtime.backends.executorch import ExecutorchBackend
+
+        return ExecutorchBackend(bundle, threads)
     raise MobileMMError(
         f"{bundle.folder}: a bundle for {target} does not run on this computer; export one with --target onnx"
     )

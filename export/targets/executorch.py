@@ -1,0 +1,306 @@
+"""ExecuTorch: all parts as methods of one .pte, with the names that ExecuTorch's own multimodal runner looks for.
+
+Each part is lowered, and verified, by itself; `join` merges the lowered programs. Methods take one picture and one
+conversation: `vision_encoder(image)`, `token_embedding(tokens)`, `text_decoder(inputs_embeds, cache_position)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError, one_line
+from mobilemm.export.decoder import Decoder
+from mobilemm.export.parts import Part, TokenEmbedding
+from mobilemm.export.targets import Exported
+from mobilemm.export.targets.executorch_lowering import DelegatedForms, TextDecoder, express, lower
+from mobilemm.export.targets.executorch_report import MethodReport, delegation
+from mobilemm.export.verify import share_tensors
+from mobilemm.runtime import manifest
+from mobilemm.runtime.backends.executorch import ExecutorchDecoder, ExecutorchProgram, look
+from mobilemm.runtime.embedding import embed_with_images
+from mobilemm.runtime.executorch_check import METHODS
+from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
+
+MODEL = "model.pte"
+REPORT = "delegation.json"
+# The release that programs were run on.
+MIN_EXECUTORCH = "1.5.1"
+BACKENDS = ("xnnpack", "portable")
+
+
+@dataclass(frozen=True)
+class ExecutorchOptions:
+    """How parts become ExecuTorch methods.
+
+    Attributes:
+        backend: what operators are handed to; "portable" hands over none.
+        allow_fallback: operators that compute may stay with ExecuTorch's portable kernels, which are slow.
+    """
+
+    backend: str = "xnnpack"
+    allow_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise MobileMMError(f"--backend {self.backend!r}: choose {' or '.join(BACKENDS)}")
+
+
+class ExecutorchTarget:
+    """ExecuTorch for its own runtime: one `model.pte`, weights inside.
+
+    Raises MobileMMError when the packages of the extra `executorch` are missing.
+    """
+
+    name: Literal["executorch"] = "executorch"
+    default_context = 2048
+    joins = True
+
+    def __init__(self, options: ExecutorchOptions | None = None) -> None:
+        self.options = options or ExecutorchOptions()
+        missing = [name for name in ("executorch", "torchao") if find_spec(name) is None]
+        if missing:
+            raise MobileMMError(
+                f"--target executorch needs {', '.join(missing)}: pip install 'mobilemm[executorch]'"
+            )
+        self._context = self.default_context  # the decoder, which says it, is written first
+        self._programs: dict[str, Any] = {}  # method → program of the edge dialect, lowered
+        self._reports: dict[str, MethodReport] = {}
+        self._witnesses: list[tuple[Part, Mapping[str, Any], NDArray[Any]]] = []
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(name="executorch", min_version=MIN_EXECUTORCH)
+
+    @property
+    def fingerprint(self) -> str:
+        versions = {name: version(name) for name in ("torch", "executorch", "torchao")}
+        return f"executorch {self.options} {versions}"
+
+    def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
+        """Args:
+        module: the part's module with its weights in it: floating-point, `QuantizedLinear`,
+            `QuantizedEmbedding`. Weights that XNNPACK cannot hold are changed in it to those that are written.
+        """
+        method = METHODS[part.name]
+        if isinstance(module, Decoder):
+            self._context = module.spec.context_length
+        delegated = self.options.backend == "xnnpack"
+        lowered, inputs = _method(part, share_tensors(express(module) if delegated else module), self._context)
+        lowered = lower(lowered, delegated=delegated).eval()
+        edge = self._lowered(part, lowered, inputs)
+        program = edge.exported_program(method)
+        self._programs[method] = program
+        self._reports[method] = report = delegation(program)
+        if report.unexpected and not (self.options.allow_fallback or self.options.backend == "portable"):
+            raise MobileMMError(
+                f"part {part.name!r}: {', '.join(report.unexpected)} would run on ExecuTorch's portable kernels, which"
+                " are slow: --allow-fallback exports all the same"
+            )
+        path = folder / f"{part.name}.pte"
+        executable = _executable({method: _copied(program)}, {})
+        _write(executable, path)
+        report.planned_memory = executable.executorch_program.execution_plan[0].non_const_buffer_sizes
+        notes = (f"{method}: {report}",)
+        given, made = _signature(program, part, inputs)
+        return Exported(path.name, (path.name,), given, made, notes=notes)
+
+    def _lowered(
+        self, part: Part, module: nn.Module, inputs: Mapping[str, tuple[Tensor, dict[int, Any]]]
+    ) -> Any:
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+        examples = tuple(example for example, _ in inputs.values())
+        shapes = tuple(dynamic or None for _, dynamic in inputs.values())
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with DelegatedForms():
+                program = torch.export.export(module, examples, dynamic_shapes=shapes)
+            return to_edge_transform_and_lower(
+                {METHODS[part.name]: program},
+                partitioner={METHODS[part.name]: self._partitioners(part)},
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+
+    def _partitioners(self, part: Part) -> list[Any]:
+        if self.options.backend == "portable":
+            return []
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir.backend.compile_spec_schema import CompileSpec
+        from executorch.exir.backend.partitioner import DelegationSpec
+
+        partitioner = XnnpackPartitioner()
+        if part.cache is not None:
+            # Of all passes over each delegate only that for linear layers: a decoder has nothing for the others,
+            # and half of its lowering would be theirs.
+            specs = [CompileSpec("dqlinear_partitioner", b"")]
+            partitioner.delegation_spec = DelegationSpec(partitioner.delegation_spec.backend_id, specs)
+        return [partitioner]
+
+    def join(self, exported: Mapping[str, Exported], folder: Path, card: ModelCard) -> Mapping[str, Exported]:
+        """One program with all methods and the constants that runners ask for.
+
+        Raises MobileMMError when a method does not give there what it gave alone.
+        """
+        executable = _executable(self._programs, constant_methods(card))
+        _write(executable, folder / MODEL)
+        for part, inputs, wanted in self._witnesses:
+            found = self.run(part, replace(exported[part.name], file=MODEL), folder, inputs)
+            if not np.allclose(found, wanted, rtol=0, atol=1e-4 * float(np.abs(wanted).max())):
+                raise MobileMMError(f"part {part.name!r} gives other numbers in {MODEL} than alone; this is a bug")
+        for one in exported.values():
+            (folder / one.file).unlink()
+        text = json.dumps({name: report.as_json() for name, report in self._reports.items()}, indent=1)
+        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        self._programs, self._reports, self._witnesses = {}, {}, []
+        return {name: replace(one, file=MODEL, files=(MODEL, REPORT)) for name, one in exported.items()}
+
+    def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
+        """Of a decoder each position is fed by itself; the last one's logits are those of one long prefill."""
+        program = ExecutorchProgram(folder / exported.file)
+        feeds = {name: np.asarray(value) for name, value in inputs.items()}
+        if part.name == "vision":
+            output = look(program, feeds["pixels"])
+        elif isinstance(part.module, Decoder):
+            spec = part.module.spec
+            decoder = ExecutorchDecoder(program, spec.context_length, spec.mrope_section is not None)
+            embeds, positions = feeds["inputs_embeds"], feeds.get("position_ids")
+            steps = decoder.decode(embeds, positions, np.arange(embeds.shape[1]))
+            decoder.truncate(0)
+            output = np.concatenate([steps[:, :-1], decoder.decode(embeds, positions)], 1)
+        else:
+            embed = part.module
+            output = embed_with_images(
+                lambda ids: program(METHODS["embed"], ids),
+                feeds["input_ids"],
+                feeds["image_features"],
+                embed.image_token_id,
+                embed.table.num_embeddings,
+            )
+        if exported.file != MODEL:
+            self._witnesses = [one for one in self._witnesses if one[0].name != part.name]
+            self._witnesses.append((part, feeds, output))
+        return output
+
+    def companions(self, manifest: Manifest) -> dict[str, str]:
+        return {}
+
+
+def constant_methods(card: ModelCard) -> dict[str, Any]:
+    """What ExecuTorch's runners ask a program: their limits, and how an answer ends.
+
+    The runner of 1.5 reads `get_eos_ids`; those of some vendors, and optimum-executorch, `get_eos_id`.
+    Source: extension/llm/runner/constants.h of ExecuTorch.
+    """
+    constants: dict[str, Any] = {
+        "get_max_seq_len": card.context_length,
+        "get_max_context_len": card.context_length,
+        "get_vocab_size": card.vocab_size,
+        "get_eos_ids": list(card.eos_token_ids),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "image_placeholder_id": card.image_token_id,
+    }
+    if card.bos_token_id is not None:
+        constants["get_bos_id"] = card.bos_token_id
+    if card.eos_token_ids:
+        constants["get_eos_id"] = card.eos_token_ids[0]
+    return constants
+
+
+# --- methods ------------------------------------------------------------------------------------------------
+
+
+class VisionEncoder(nn.Module):
+    """One picture's features as the decoder takes them: uint8 (1, 3, height, width) → (1, tokens, width)."""
+
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vision(image)[None]
+
+
+def _method(
+    part: Part, module: nn.Module, context: int
+) -> tuple[nn.Module, dict[str, tuple[Tensor, dict[int, Any]]]]:
+    """A part as the runner calls it: a module, and its inputs by name, each with its dynamic dimensions."""
+    if isinstance(module, Decoder):
+        spec = module.spec
+        length = torch.export.Dim("length", min=1, max=context)
+        inputs: dict[str, tuple[Tensor, dict[int, Any]]] = {
+            "inputs_embeds": (torch.zeros(1, 5, spec.hidden_size), {1: length}),
+            "cache_position": (torch.zeros(1, dtype=torch.int64), {}),
+        }
+        if spec.mrope_section is not None:
+            inputs["position_ids"] = (torch.arange(5).expand(3, 1, 5).clone(), {2: length})
+        return TextDecoder(module), inputs
+    if part.name == "embed":
+        length = torch.export.Dim("length", min=1, max=context)
+        return TokenEmbedding(module), {"tokens": (torch.zeros(1, 5, dtype=torch.int64), {1: length})}  # type: ignore[arg-type]
+    if part.name == "vision":
+        return VisionEncoder(module), {"image": (part.inputs["pixels"][:1].clone(), {})}
+    raise MobileMMError(f"part {part.name!r} is unknown to --target executorch")
+
+
+def _signature(
+    program: Any, part: Part, inputs: Mapping[str, tuple[Tensor, dict[int, Any]]]
+) -> tuple[tuple[manifest.Tensor, ...], tuple[manifest.Tensor, ...]]:
+    """Inputs and output as the manifest has them."""
+
+    def tensor(name: str, value: Tensor, dynamic: Collection[int]) -> manifest.Tensor:
+        shape = ["length" if axis in dynamic else int(size) for axis, size in enumerate(value.shape)]
+        return manifest.Tensor(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)  # type: ignore[arg-type]
+
+    (result,) = program.graph_signature.user_outputs
+    value = next(node for node in program.graph.nodes if node.name == result).meta["val"]
+    dynamic = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
+    given = tuple(tensor(name, example, axes) for name, (example, axes) in inputs.items())
+    return given, (tensor(part.outputs[0], value, dynamic),)
+
+
+# --- programs -----------------------------------------------------------------------------------------------
+
+
+def _executable(programs: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
+    """One program with these methods; keys and values get a memory of their own."""
+    from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+
+    manager = EdgeProgramManager(
+        dict(programs), dict(constants), EdgeCompileConfig(_check_ir_validity=False)
+    )
+    return manager.to_executorch(
+        ExecutorchBackendConfig(
+            emit_stacktrace=False,
+            emit_mutable_buffer_names=True,
+            # Without shared mutable buffers a runtime that has one arena for all methods lets one method's
+            # intermediate values overwrite another's keys and values.
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True),
+        )
+    )
+
+
+def _copied(program: Any) -> Any:
+    """A copy over the same tensors: what makes it executable changes a program."""
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    return copy.deepcopy(program, {id(tensor): tensor for tensor in tensors})
+
+
+def _write(executable: Any, path: Path) -> None:
+    with path.open("wb") as file:
+        executable.write_to_file(file)

@@ -1,0 +1,482 @@
+"""Lowering to ExecuTorch: modules in the forms that XNNPACK's delegate takes whole, and the decoder's cache.
+
+XNNPACK has no layer norm, no fused attention, and computes a GELU by tanh as one by erf: each is written here in
+operators that it has. Quantized layers become the patterns that it recognizes, with the plan's own codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mobilemm.errors import MobileMMError
+from mobilemm.export.decoder import Attention, Decoder, DecoderLayer, ResidualNorm, RMSNorm, Rotary
+from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+
+# Columns that share a scale, in XNNPACK's 4-bit kernels: multiples of this.
+GROUP = 32
+
+
+def lower(module: nn.Module, *, delegated: bool) -> nn.Module:
+    """Puts modules that ExecuTorch can express in the places of quantized layers and norms.
+
+    Args:
+        delegated: to XNNPACK; otherwise linear layers are dequantized, for which alone there are kernels.
+    """
+    for name, child in list(module.named_children()):
+        replacement = _lowered(child, delegated)
+        if replacement is not None:
+            setattr(module, name, replacement)
+        else:
+            lower(child, delegated=delegated)
+    return module
+
+
+def _lowered(module: nn.Module, delegated: bool) -> nn.Module | None:
+    if isinstance(module, QuantizedLinear):
+        return DynamicLinear(module) if delegated else _dequantized(module)
+    if isinstance(module, QuantizedEmbedding):
+        return CodedEmbedding(module)
+    if not delegated:
+        return None
+    if isinstance(module, DecoderLayer):
+        module.qkv = Heads(module.qkv, module.attention)  # type: ignore[assignment]
+        return None
+    if isinstance(module, RMSNorm):
+        return LinearRMSNorm(module)
+    if isinstance(module, ResidualNorm):
+        return LinearResidualNorm(module)
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return LinearLayerNorm(module)
+    return None
+
+
+# --- norms --------------------------------------------------------------------------------------------------
+
+
+class _Mean(nn.Module):
+    """The mean over the last dimension as a matrix product, which is delegated where a reduction is not."""
+
+    ones: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("ones", torch.full((1, size), 1 / size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.ones)
+
+
+class LinearRMSNorm(nn.Module):
+    """`RMSNorm`, its mean a matrix product."""
+
+    def __init__(self, norm: RMSNorm | ResidualNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+        self.mean = _Mean(len(norm.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(self.mean(x * x) + self.eps) * self.weight
+
+
+class LinearResidualNorm(LinearRMSNorm):
+    """`ResidualNorm`, its mean a matrix product."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total = x if residual is None else x + residual
+        return super().forward(total), total
+
+
+class LinearLayerNorm(nn.Module):
+    """`nn.LayerNorm` over the last dimension, its means matrix products."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.mean = _Mean(norm.normalized_shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - self.mean(x)
+        normed = centred * torch.rsqrt(self.mean(centred * centred) + self.eps)
+        if self.weight is not None:
+            normed = normed * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+# --- quantized layers ---------------------------------------------------------------------------------------
+
+
+def express(module: nn.Module) -> nn.Module:
+    """Changes quantized linear layers into ones that XNNPACK can hold, as near to the plan's as may be.
+
+    Raises MobileMMError for those that it cannot come near.
+    """
+    for name, child in list(module.named_modules()):
+        if isinstance(child, QuantizedLinear):
+            module.set_submodule(name, QuantizedLinear(expressible(child.quantized), child.bias))
+    return module
+
+
+def expressible(weight: QuantizedWeight) -> QuantizedWeight:
+    """A weight in XNNPACK's terms: 4 bits in groups, or 8 with a scale a row; no scale is below zero.
+
+    4-bit groups are multiples of 32 that divide the row: a block of 128 over 576 columns becomes two of 64 with the
+    same scale. Their scales are rounded to bfloat16. 8-bit codes in blocks are rounded once more to a scale a row.
+    """
+    rows, columns = weight.shape
+    if weight.bits not in (4, 8):
+        raise MobileMMError(f"ExecuTorch stores weights in 4 or 8 bits, not {weight.bits}: choose int4 or int8")
+    if weight.zero_points is not None:
+        raise MobileMMError("XNNPACK's linear layers have no zero points: leave --asymmetric out")
+    if weight.bits == 8:
+        codes, scales = weight.codes().to(torch.int16) - 128, weight.scales
+        if scales.shape[1] > 1:
+            values = weight.dequantize()
+            scales = values.abs().amax(1, keepdim=True) / 127
+            codes = (values / torch.where(scales == 0, 1.0, scales)).round().to(torch.int16)[:, None]
+        codes, scales = _positive(codes, scales, 8)
+        return QuantizedWeight.from_codes((codes + 128).to(torch.uint8), scales, None, 8, columns)
+    one = weight.scales.shape[1] == 1
+    if weight.block_size % GROUP and not one:
+        raise MobileMMError(
+            f"XNNPACK's 4-bit weights share a scale in groups of {GROUP} and its multiples, not"
+            f" {weight.block_size}: --block-size {GROUP}"
+        )
+    codes, scales = _positive(weight.codes().to(torch.int16) - 8, weight.scales, 4)
+    # At least two groups: XNNPACK takes a single one for a scale a row, which its 4-bit kernels have not.
+    padded = max(math.ceil(columns / GROUP), 2) * GROUP
+    block = padded if one else weight.block_size
+    group = math.gcd(block, padded)
+    group = group if group < padded else GROUP
+    codes, scales = codes.flatten(1), scales.repeat_interleave(block, 1)
+    codes = F.pad(codes, (0, max(0, padded - codes.shape[1])))[:, :padded]
+    scales = F.pad(scales, (0, max(0, padded - scales.shape[1])), value=1.0)[:, :padded:group]
+    codes = (codes + 8).to(torch.uint8).unflatten(1, (-1, group))
+    return QuantizedWeight.from_codes(codes, scales.bfloat16().float(), None, 4, columns)
+
+
+def _positive(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The same weights with scales above zero: codes int16 (rows, blocks, block size), scales (rows, blocks).
+
+    A negative scale is there because the codes reach one further below zero than above. The code at that end has no
+    counterpart: it is cut off by one, or the block's scale is widened and its codes rounded once more, whichever
+    has the smaller squared error.
+    """
+    most = 2 ** (bits - 1) - 1
+    negative = scales < 0
+    flipped = -codes[negative].float()
+    best = flipped.clamp(max=most)
+    error = (best - flipped).square().sum(-1)
+    factor = torch.ones_like(error)
+    for wider in (1 + 0.5 / most, 1 + 1 / most):
+        tried = (flipped / wider).round().clamp(max=most)
+        other = (tried * wider - flipped).square().sum(-1)
+        better = other < error
+        error, factor = torch.where(better, other, error), torch.where(better, wider, factor)
+        best = torch.where(better[..., None], tried, best)
+    codes, scales = codes.clone(), scales.abs()
+    codes[negative] = best.to(torch.int16)
+    scales[negative] *= factor
+    # A block of zeros has the scale 0.
+    return codes, torch.where(scales > 0, scales, 1.0)
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer over an expressible weight; activations are quantized to int8, row by row, at each run."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+
+        codes = _signed(linear.quantized.codes(), linear.bits)
+        if linear.bits == 8:
+            codes = codes[:, : linear.in_features].contiguous()
+        self.padding = codes.shape[1] - linear.in_features
+        weight = IntxUnpackedToInt8Tensor(
+            qdata=codes,
+            scale=linear.scales,
+            zero_point=torch.zeros_like(linear.scales, dtype=torch.int8),
+            target_dtype=torch.int4 if linear.bits == 4 else torch.int8,
+            block_size=(1, codes.shape[1] // linear.scales.shape[1]),
+            dtype=torch.float32,
+            activation_quantization="int8_asym_per_token",
+        )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("bias", linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
+        return F.linear(x, self.weight, self.bias)
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 (rows, blocks, block size), zero in the middle → int8 (rows, blocks · block size)."""
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).flatten(1)
+
+
+def _dequantized(linear: QuantizedLinear) -> nn.Linear:
+    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    plain.weight = nn.Parameter(linear.quantized.dequantize(), requires_grad=False)
+    if linear.bias is not None:
+        plain.bias = nn.Parameter(linear.bias, requires_grad=False)
+    return plain
+
+
+class CodedEmbedding(nn.Module):
+    """A look-up in the plan's codes, by ExecuTorch's own kernels for 4 and 8 bits."""
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        super().__init__()
+        weight = embedding.quantized
+        columns = weight.shape[1]
+        if weight.bits not in (4, 8):
+            raise MobileMMError(
+                f"ExecuTorch stores weights in 4 or 8 bits, not {weight.bits}: choose int4 or int8"
+            )
+        # Groups divide the row; a shorter last block shares its scale with the one that it is cut out of.
+        group = columns if weight.scales.shape[1] == 1 else math.gcd(weight.block_size, columns)
+        codes = _signed(weight.codes(), weight.bits)[:, :columns]
+        self.width = columns
+        if weight.bits == 4:
+            if columns % 2:
+                raise MobileMMError(f"an embedding of {columns} columns has no 4-bit kernel: --q-embed int8")
+            biased = (codes + 8).to(torch.uint8)
+            codes = (biased[:, 0::2] << 4) | biased[:, 1::2]
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scales", _by_group(weight.scales, weight.block_size, group, columns))
+        zero = None
+        if weight.zero_points is not None:
+            shifted = (weight.zero_points.to(torch.int16) - 2 ** (weight.bits - 1)).float()
+            zero = _by_group(shifted, weight.block_size, group, columns)
+        self.register_buffer("zero_points", zero)
+        self.bits = weight.bits
+
+    def forward(self, ids: Tensor) -> Tensor:
+        import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401 (registers the operators)
+
+        ops = torch.ops.quantized_decomposed
+        look_up = ops.embedding_4bit.dtype if self.bits == 4 else ops.embedding_byte.dtype
+        least, most = (-8, 7) if self.bits == 4 else (-128, 127)
+        return look_up(self.codes, self.scales, self.zero_points, least, most, ids, dtype=torch.float32)
+
+
+def _by_group(values: Tensor, block: int, group: int, columns: int) -> Tensor:
+    """(rows, blocks) → (rows, columns / group), each group with its block's value."""
+    return values.repeat_interleave(block, 1)[:, :columns:group].contiguous()
+
+
+# --- functions ----------------------------------------------------------------------------------------------
+
+
+class DelegatedForms(TorchFunctionMode):
+    """Within it, PyTorch's functions that XNNPACK lacks, or gets wrong, are made of those that it has."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        form = FORMS.get(func)
+        return (form or func)(*args, **(kwargs or {}))
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU; by tanh as x · sigmoid(√(8/π) · (x + 0.044715 x³)), which is the same function."""
+    if approximate == "none":
+        return torch.ops.aten.gelu.default(x)
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` in three steps; heads are the batch of both products.
+
+    Shapes: (batch, heads, length, head_dim). A row of the mask that sees nothing gives NaN, as the formula does.
+    """
+    if is_causal or enable_gqa:
+        raise MobileMMError("causal and grouped attention of an encoder are unknown to --target executorch")
+    batch, heads, length, width = query.shape
+    scale = width**-0.5 if scale is None else scale
+    q, k, v = ((query * scale).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if attn_mask is not None:
+        scores = scores.unflatten(0, (batch, heads))
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+        scores = scores.flatten(0, 1)
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, heads))
+
+
+FORMS: Mapping[Any, Callable[..., Tensor]] = {
+    F.gelu: gelu,
+    F.scaled_dot_product_attention: attention,
+}
+
+
+# --- the decoder --------------------------------------------------------------------------------------------
+
+
+class TextDecoder(nn.Module):
+    """The decoder as ExecuTorch's runner calls it, keys and values in buffers of `context` positions.
+
+    Shapes: `inputs_embeds` (1, length, hidden), `cache_position` int64 (1,), the first one's position;
+    `position_ids` (3, 1, length) with M-RoPE only → logits (1, 1, vocabulary) of the last position.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers the operators)
+
+        spec = decoder.spec
+        self.decoder, self.context = decoder, spec.context_length
+        shape = (1, self.context, spec.num_key_value_heads, spec.head_dim)
+        for index in range(spec.num_layers):
+            self.register_buffer(f"key_{index}", torch.zeros(shape))
+            self.register_buffer(f"value_{index}", torch.zeros(shape))
+        # Tables as they are multiplied with (length, heads, head_dim).
+        self.tables = len(spec.rope_tables) if spec.mrope_section is None else 0
+        for index in range(self.tables):
+            for kind in ("cos", "sin"):
+                table = getattr(decoder, f"{kind}_{index}")
+                delattr(decoder, f"{kind}_{index}")
+                self.register_buffer(f"{kind}_{index}", torch.cat([table, table], -1)[:, None].contiguous())
+        # Rotary embedding turns (a, b) to (-b, a): a matrix, which is delegated where halves of heads are not.
+        half = torch.eye(spec.head_dim // 2)
+        zero = torch.zeros_like(half)
+        self.register_buffer("turn", torch.cat([torch.cat([zero, -half], 1), torch.cat([half, zero], 1)]))
+
+    def forward(
+        self, inputs_embeds: Tensor, cache_position: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        length = inputs_embeds.shape[1]
+        start = cache_position[0].item()
+        torch._check_is_size(start)
+        torch._check(start < self.context)
+        torch._check(start + length <= self.context)
+        cache = StaticCache(self, start, length)
+        return self.decoder.run(inputs_embeds, cache, self._rotary(start, length, position_ids), slice(-1, None))
+
+    def _rotary(self, start: Any, length: Any, position_ids: Tensor | None) -> list[Rotary]:
+        """Cosines and sines of these positions, (length, 1, head_dim)."""
+        if self.tables:
+            pairs = [[getattr(self, f"{kind}_{i}") for kind in ("cos", "sin")] for i in range(self.tables)]
+            return [Rotary(*(table.narrow(0, start, length) for table in pair), per_token=True) for pair in pairs]
+        return [
+            Rotary(*(torch.cat([table, table], -1)[0][:, None] for table in (one.cos, one.sin)), per_token=True)
+            for one in self.decoder.rotary(position_ids)
+        ]
+
+
+class StaticCache:
+    """Keys and values written in place by ExecuTorch's own operators, which attend over them as well."""
+
+    def __init__(self, buffers: TextDecoder, start: Any, length: Any) -> None:
+        self.buffers, self.start, self.length = buffers, start, length
+
+    def attend(self, attention: Attention, qkv: Any, rotary: Rotary | None) -> Tensor:
+        q, k, v = qkv if isinstance(qkv, tuple) else attention.split(qkv)
+        if rotary is not None:
+            q, k = self._turned(q, rotary), self._turned(k, rotary)
+        keys, values = (getattr(self.buffers, f"{kind}_{attention.index}") for kind in ("key", "value"))
+        torch.ops.llama.update_cache(k, keys, self.start)
+        torch.ops.llama.update_cache(v, values, self.start)
+        if attention.softcap is not None:
+            return self._capped(attention, q, keys, values)
+        mask = None if attention.window is None else self._mask(attention.window)
+        output = torch.ops.llama.custom_sdpa(
+            q, keys, values, self.start, mask, 0.0, mask is None, attention.scale
+        )
+        return output.view(1, -1, attention.heads * attention.head_dim)
+
+    def _turned(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """As `rotate`."""
+        return x * rotary.cos + F.linear(x, self.buffers.turn) * rotary.sin
+
+    def _mask(self, window: int | None) -> Tensor:
+        """0 where a position sees another, -inf elsewhere: (length, context)."""
+        rows = torch.arange(self.length)[:, None] + self.start
+        columns = torch.arange(self.buffers.context)[None]
+        seen = columns <= rows
+        if window is not None:
+            seen = seen & (columns > rows - window)
+        return torch.where(seen, 0.0, float("-inf"))
+
+    def _capped(self, attention: Attention, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention with capped scores, for which there is no operator."""
+        groups = attention.heads // attention.kv_heads
+        q, k, v = (part.transpose(1, 2) for part in (q, keys, values))
+        k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
+        scores = q @ k.transpose(2, 3) * attention.scale
+        assert attention.softcap is not None
+        scores = torch.tanh(scores / attention.softcap) * attention.softcap + self._mask(attention.window)
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(1, -1, attention.heads * attention.head_dim)
+
+
+class Heads(nn.Module):
+    """A layer's packed projection as three, since what cuts its output in pieces is not delegated.
+
+    Shapes: (1, length, hidden) → queries (1, length, heads, head_dim), keys and values (…, kv heads, head_dim), normed
+    as `Attention.split` does.
+    """
+
+    def __init__(self, qkv: nn.Module, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim = attention.head_dim
+        self.counts = (attention.heads, attention.kv_heads, attention.kv_heads)
+        ends = [self.head_dim * sum(self.counts[: index + 1]) for index in range(3)]
+        starts = (0, *ends)
+        self.projections = nn.ModuleList(
+            _rows(qkv, slice(start, end)) for start, end in zip(starts, ends, strict=False)
+        )
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        attention.q_norm = attention.k_norm = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (
+            project(x).view(1, -1, count, self.head_dim)
+            for project, count in zip(self.projections, self.counts, strict=True)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+
+def _rows(linear: nn.Module, rows: slice) -> nn.Module:
+    """The layer that gives these of its outputs."""
+    bias = None if linear.bias is None else linear.bias[rows]
+    count = rows.stop - rows.start
+    if isinstance(linear, QuantizedLinear):
+        weight = replace(
+            linear.quantized,
+            packed=linear.packed[rows],
+            scales=linear.scales[rows],
+            zero_points=None if linear.zero_points is None else linear.zero_points[rows],
+            shape=(count, linear.in_features),
+        )
+        return QuantizedLinear(weight, bias)
+    assert isinstance(linear, nn.Linear)
+    part = nn.Linear(linear.in_features, count, bias is not None, device="meta")
+    part.weight = nn.Parameter(linear.weight[rows], requires_grad=False)
+    if bias is not None:
+        part.bias = nn.Parameter(bias, requires_grad=False)
+    return part

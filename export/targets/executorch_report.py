@@ -1,0 +1,148 @@
+"""What of a method its backends take over, and what is left to ExecuTorch's own kernels."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# What may stay outside of a backend, and why.
+EXPECTED: Mapping[str, str] = {
+    "llama.update_cache": "ExecuTorch's own operator",
+    "llama.custom_sdpa": "ExecuTorch's own operator",
+    "quantized_decomposed.embedding_4bit": "a look-up",
+    "quantized_decomposed.embedding_byte": "a look-up",
+    "aten.embedding": "a look-up",
+    "aten.mul": "of an embedding by its scale",
+    **dict.fromkeys(("aten._to_copy", "dim_order_ops._to_dim_order_copy"), "pixels come as uint8"),
+    **dict.fromkeys(
+        (
+            *("aten.view_copy", "aten.slice_copy", "aten.select_copy", "aten.unsqueeze_copy", "aten.squeeze_copy"),
+            *("aten.permute_copy", "aten.expand_copy", "aten.cat", "aten.clone", "dim_order_ops._clone_dim_order"),
+            *("aten.split_copy", "aten.split_with_sizes_copy", "aten.alias_copy", "aten.constant_pad_nd"),
+            *("aten.index", "aten.select_scatter", "aten.slice_scatter"),
+        ),
+        "moves numbers, computes none",
+    ),
+}
+# Of shapes and positions, checked and computed where the program runs.
+BOOKKEEPING = re.compile(r"(aten\.(sym_\w+|_assert_\w+|_local_scalar_dense)|_operator\.|builtins\.|math\.|torch\.sym)")
+
+
+@dataclass
+class Share:
+    """Operators, and floating-point operations (two for a multiplication and an addition), of one backend."""
+
+    operators: int = 0
+    flops: int = 0
+
+
+@dataclass
+class MethodReport:
+    """Where one method's operators run.
+
+    Attributes:
+        backends: name of a delegate, or "portable" for ExecuTorch's own kernels → its share. With a dynamic
+            length, operations are those of the example's length.
+        delegates: separate graphs that are handed over.
+        fallbacks: operators outside of any backend → how often.
+        unexpected: those of them that a backend should have taken.
+        planned_memory: bytes of each memory: [0, activations, keys and values].
+    """
+
+    backends: dict[str, Share] = field(default_factory=dict)
+    delegates: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    unexpected: tuple[str, ...] = ()
+    planned_memory: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        operators = sum(share.operators for share in self.backends.values())
+        flops = sum(share.flops for share in self.backends.values())
+        shares = [
+            f"{name} {share.operators / max(operators, 1):.0%} of operators, {share.flops / max(flops, 1):.1%} of FLOPs"
+            for name, share in self.backends.items()
+        ]
+        memory = sum(self.planned_memory) / 1e6
+        return f"{'; '.join(shares)}; {self.delegates} delegates; {memory:,.1f} MB planned"
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file beside the program."""
+        return {
+            "backends": {name: vars(share) for name, share in self.backends.items()},
+            "delegates": self.delegates,
+            "portable": {
+                name: {"count": count, "why": EXPECTED.get(name, "no backend takes it")}
+                for name, count in self.fallbacks.most_common()
+            },
+            "planned_memory": list(self.planned_memory),
+        }
+
+
+def delegation(program: Any) -> MethodReport:
+    """Of a lowered program of the edge dialect."""
+    report = MethodReport()
+    for backend, node in _operators(program.graph_module, report):
+        share = report.backends.setdefault(backend, Share())
+        share.operators += 1
+        share.flops += flops(node)
+        if backend == "portable":
+            report.fallbacks[operator_name(node)] += 1
+    report.unexpected = tuple(sorted(name for name in report.fallbacks if name not in EXPECTED))
+    return report
+
+
+def _operators(module: Any, report: MethodReport) -> Iterator[tuple[str, Any]]:
+    """Backend and node of each operator."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and hasattr(lowered := getattr(module, node.target), "backend_id"):
+            report.delegates += 1
+            for inner in lowered.original_module.graph_module.graph.nodes:
+                if inner.op == "call_function" and not _is_bookkeeping(inner):
+                    yield lowered.backend_id, inner
+        elif node.op == "call_function" and not _is_bookkeeping(node):
+            yield "portable", node
+
+
+def _is_bookkeeping(node: Any) -> bool:
+    name = operator_name(node)
+    return name.endswith("executorch_call_delegate") or BOOKKEEPING.match(name) is not None
+
+
+def operator_name(node: Any) -> str:
+    """namespace.operator, without the overload: "aten.linear"."""
+    target = node.target
+    if "auto_functionalized" in str(target):  # around an operator that changes its argument
+        target = node.args[0]
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return schema.name.replace("::", ".")
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}".removeprefix(".")
+
+
+def flops(node: Any) -> int:
+    """Of products of matrices and convolutions; of all else one for each number that comes out."""
+    name = operator_name(node).partition(".")[2]
+    value = node.meta.get("val")
+    shapes = [_shape(argument) for argument in node.args]
+    out = _shape(node)
+    if name in ("linear", "bmm", "mm", "matmul") and out and shapes[0]:
+        return 2 * math.prod(out) * shapes[0][-1]
+    if name == "addmm" and out and shapes[1]:
+        return 2 * math.prod(out) * shapes[1][-1]
+    if name in ("convolution", "conv2d") and out and shapes[1]:
+        return 2 * math.prod(out) * math.prod(shapes[1][1:])
+    if name == "custom_sdpa" and out and shapes[1]:
+        return 4 * math.prod(out) * shapes[1][1]  # as over the whole cache
+    return math.prod(out) if out and value is not None else 0
+
+
+def _shape(node: Any) -> list[int] | None:
+    """Sizes, those that are dynamic as in the example."""
+    value = getattr(node, "meta", {}).get("val")
+    if not hasattr(value, "shape"):
+        return None
+    return [int(size.node.hint) if hasattr(size, "node") and size.node.hint is not None else int(size) if isinstance(size, int) else 1 for size in value.shape]
