@@ -135,6 +135,7 @@ class QuantizedParts:
         """The hash of everything that a decoder's codes are made from."""
         calibration = Path(self.options.calibration or default_calibration()).read_bytes()
         length = min(CALIBRATION_LENGTH, self.model.decoder.spec.context_length)
+        plan = replace(plan, activations="float32")  # what it computes with is the target's affair
         facts = [
             *(self.model.digest, __version__, torch.__version__, _codes(plan)),
             *(_codes(self.options.plan.part("embed")), repr(self.options.budget), repr(length)),

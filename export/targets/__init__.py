@@ -68,9 +68,7 @@ class Target(Protocol):
         What lies there from an earlier, broken try is replaced.
         """
 
-    def join(
-        self, exported: Mapping[str, Exported], folder: Path, card: ModelCard
-    ) -> Mapping[str, Exported]:
+    def join(self, exported: Mapping[str, Exported], folder: Path, card: ModelCard) -> Mapping[str, Exported]:
         """All parts as one file, where the target joins them; those of each part alone are removed."""
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:

@@ -38,7 +38,7 @@ from mobilemm.export.targets.coreml_conversion import (
 from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, STATES, DecoderStep, Layout, lower
 from mobilemm.export.targets.coreml_package import describe, require_states, signature
 from mobilemm.export.verify import share_tensors
-from mobilemm.runtime.manifest import Manifest, Runtime
+from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
 
 FLOAT16 = WeightScheme(bits=16, block_size=None)
 # Deployment target → the system that is the least. States and codes in blocks came with iOS 18.
@@ -128,7 +128,7 @@ class CoreMLTarget:
 
         return run_part(part, folder / exported.file, inputs)
 
-    def join(self, exported: Mapping[str, Exported], folder: Path) -> Mapping[str, Exported]:
+    def join(self, exported: Mapping[str, Exported], folder: Path, card: ModelCard) -> Mapping[str, Exported]:
         return exported
 
     def stores(self, plan: QuantizationPlan) -> QuantizationPlan:

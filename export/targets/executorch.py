@@ -1,7 +1,8 @@
-"""ExecuTorch: all parts as methods of one .pte, with the names that ExecuTorch's own multimodal runner looks for.
+"""ExecuTorch: all parts as methods of one .pte, named as ExecuTorch's own multimodal runner looks for them.
 
-Each part is lowered, and verified, by itself; `join` merges the lowered programs. Methods take one picture and one
-conversation: `vision_encoder(image)`, `token_embedding(tokens)`, `text_decoder(inputs_embeds, cache_position)`.
+Each part is lowered, and verified, by itself; `join` merges the lowered programs. Methods take one picture
+and one conversation: `vision_encoder(image)`, `token_embedding(tokens)`, `text_decoder(inputs_embeds,
+cache_position)`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mobilemm.errors import MobileMMError, one_line
+from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Decoder
-from mobilemm.export.parts import Part, TokenEmbedding
+from mobilemm.export.parts import Embed, Part, TokenEmbedding
+from mobilemm.export.quantization import FLOAT32, PARTS, PartPlan, QuantizationPlan, WeightScheme
 from mobilemm.export.targets import Exported
-from mobilemm.export.targets.executorch_lowering import DelegatedForms, TextDecoder, express, lower
+from mobilemm.export.targets.executorch_lowering import GROUP, DelegatedForms, TextDecoder, express, lower
 from mobilemm.export.targets.executorch_report import MethodReport, delegation
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
@@ -89,16 +91,23 @@ class ExecutorchTarget:
         versions = {name: version(name) for name in ("torch", "executorch", "torchao")}
         return f"executorch {self.options} {versions}"
 
+    def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
+        """In float32 what is wanted in float16; 8-bit linear layers with one scale a row."""
+        return QuantizationPlan({name: _stored(name, plan.part(name)) for name in PARTS})
+
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
         """Args:
         module: the part's module with its weights in it: floating-point, `QuantizedLinear`,
-            `QuantizedEmbedding`. Weights that XNNPACK cannot hold are changed in it to those that are written.
+            `QuantizedEmbedding`. Weights that XNNPACK cannot hold are changed in it to those that are
+            written.
         """
         method = METHODS[part.name]
         if isinstance(module, Decoder):
             self._context = module.spec.context_length
         delegated = self.options.backend == "xnnpack"
-        lowered, inputs = _method(part, share_tensors(express(module) if delegated else module), self._context)
+        lowered, inputs = _method(
+            part, share_tensors(express(module) if delegated else module), self._context
+        )
         lowered = lower(lowered, delegated=delegated).eval()
         edge = self._lowered(part, lowered, inputs)
         program = edge.exported_program(method)
@@ -106,8 +115,8 @@ class ExecutorchTarget:
         self._reports[method] = report = delegation(program)
         if report.unexpected and not (self.options.allow_fallback or self.options.backend == "portable"):
             raise MobileMMError(
-                f"part {part.name!r}: {', '.join(report.unexpected)} would run on ExecuTorch's portable kernels, which"
-                " are slow: --allow-fallback exports all the same"
+                f"part {part.name!r}: {', '.join(report.unexpected)} would run on ExecuTorch's portable"
+                " kernels, which are slow: --allow-fallback exports all the same"
             )
         path = folder / f"{part.name}.pte"
         executable = _executable({method: _copied(program)}, {})
@@ -143,8 +152,8 @@ class ExecutorchTarget:
 
         partitioner = XnnpackPartitioner()
         if part.cache is not None:
-            # Of all passes over each delegate only that for linear layers: a decoder has nothing for the others,
-            # and half of its lowering would be theirs.
+            # Of all passes over each delegate only that for linear layers: a decoder has nothing for the
+            # others, and half of its lowering would be theirs.
             specs = [CompileSpec("dqlinear_partitioner", b"")]
             partitioner.delegation_spec = DelegationSpec(partitioner.delegation_spec.backend_id, specs)
         return [partitioner]
@@ -159,7 +168,9 @@ class ExecutorchTarget:
         for part, inputs, wanted in self._witnesses:
             found = self.run(part, replace(exported[part.name], file=MODEL), folder, inputs)
             if not np.allclose(found, wanted, rtol=0, atol=1e-4 * float(np.abs(wanted).max())):
-                raise MobileMMError(f"part {part.name!r} gives other numbers in {MODEL} than alone; this is a bug")
+                raise MobileMMError(
+                    f"part {part.name!r} gives other numbers in {MODEL} than alone; this is a bug"
+                )
         for one in exported.values():
             (folder / one.file).unlink()
         text = json.dumps({name: report.as_json() for name, report in self._reports.items()}, indent=1)
@@ -168,7 +179,7 @@ class ExecutorchTarget:
         return {name: replace(one, file=MODEL, files=(MODEL, REPORT)) for name, one in exported.items()}
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:
-        """Of a decoder each position is fed by itself; the last one's logits are those of one long prefill."""
+        """Of a decoder each position is fed by itself; the last one's logits are of one long prefill."""
         program = ExecutorchProgram(folder / exported.file)
         feeds = {name: np.asarray(value) for name, value in inputs.items()}
         if part.name == "vision":
@@ -181,13 +192,13 @@ class ExecutorchTarget:
             decoder.truncate(0)
             output = np.concatenate([steps[:, :-1], decoder.decode(embeds, positions)], 1)
         else:
-            embed = part.module
+            assert isinstance(part.module, Embed)
             output = embed_with_images(
                 lambda ids: program(METHODS["embed"], ids),
                 feeds["input_ids"],
                 feeds["image_features"],
-                embed.image_token_id,
-                embed.table.num_embeddings,
+                part.module.image_token_id,
+                part.module.table.num_embeddings,
             )
         if exported.file != MODEL:
             self._witnesses = [one for one in self._witnesses if one[0].name != part.name]
@@ -196,6 +207,9 @@ class ExecutorchTarget:
 
     def companions(self, manifest: Manifest) -> dict[str, str]:
         return {}
+
+    def label(self, manifest: Manifest, folder: Path) -> Manifest:
+        return manifest
 
 
 def constant_methods(card: ModelCard) -> dict[str, Any]:
@@ -219,6 +233,30 @@ def constant_methods(card: ModelCard) -> dict[str, Any]:
     if card.eos_token_ids:
         constants["get_eos_id"] = card.eos_token_ids[0]
     return constants
+
+
+def _stored(part: str, plan: PartPlan) -> PartPlan:
+    def scheme(wanted: WeightScheme) -> WeightScheme:
+        if wanted.bits == 6:
+            raise MobileMMError(f"--target executorch: {part!r} in int6 is not possible; choose int4 or int8")
+        if not wanted.quantized:
+            return FLOAT32
+        if part == "embed":
+            return wanted
+        if not wanted.symmetric:
+            raise MobileMMError(
+                "--target executorch: linear layers have no zero points: leave --asymmetric out"
+            )
+        if wanted.bits == 4 and wanted.block_size is not None and wanted.block_size % GROUP:
+            raise MobileMMError(
+                f"--target executorch: 4-bit weights share a scale in groups of {GROUP} and its multiples:"
+                f" --block-size {GROUP}"
+            )
+        return replace(wanted, block_size=None) if wanted.bits == 8 else wanted
+
+    default = scheme(plan.default)
+    exceptions = tuple((pattern, scheme(wanted)) for pattern, wanted in plan.exceptions)
+    return PartPlan(default, exceptions, "int8" if default.quantized and part != "embed" else "float32")
 
 
 # --- methods ------------------------------------------------------------------------------------------------
@@ -281,9 +319,7 @@ def _executable(programs: Mapping[str, Any], constants: Mapping[str, Any]) -> An
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig
     from executorch.exir.passes import MemoryPlanningPass
 
-    manager = EdgeProgramManager(
-        dict(programs), dict(constants), EdgeCompileConfig(_check_ir_validity=False)
-    )
+    manager = EdgeProgramManager(dict(programs), dict(constants), EdgeCompileConfig(_check_ir_validity=False))
     return manager.to_executorch(
         ExecutorchBackendConfig(
             emit_stacktrace=False,

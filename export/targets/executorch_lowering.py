@@ -1,7 +1,7 @@
 """Lowering to ExecuTorch: modules in the forms that XNNPACK's delegate takes whole, and the decoder's cache.
 
-XNNPACK has no layer norm, no fused attention, and computes a GELU by tanh as one by erf: each is written here in
-operators that it has. Quantized layers become the patterns that it recognizes, with the plan's own codes.
+XNNPACK has no layer norm, no fused attention, and computes a GELU by tanh as one by erf: each is written here
+in operators that it has. Quantized layers become the patterns that it recognizes, with the plan's own codes.
 """
 
 from __future__ import annotations
@@ -127,12 +127,15 @@ def express(module: nn.Module) -> nn.Module:
 def expressible(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight in XNNPACK's terms: 4 bits in groups, or 8 with a scale a row; no scale is below zero.
 
-    4-bit groups are multiples of 32 that divide the row: a block of 128 over 576 columns becomes two of 64 with the
-    same scale. Their scales are rounded to bfloat16. 8-bit codes in blocks are rounded once more to a scale a row.
+    4-bit groups are multiples of 32 that divide the row: a block of 128 over 576 columns becomes two of 64
+    with the same scale. Their scales are rounded to bfloat16. 8-bit codes in blocks are rounded once more to
+    a scale a row.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if weight.bits not in (4, 8):
-        raise MobileMMError(f"ExecuTorch stores weights in 4 or 8 bits, not {weight.bits}: choose int4 or int8")
+        raise MobileMMError(
+            f"ExecuTorch stores weights in 4 or 8 bits, not {weight.bits}: choose int4 or int8"
+        )
     if weight.zero_points is not None:
         raise MobileMMError("XNNPACK's linear layers have no zero points: leave --asymmetric out")
     if weight.bits == 8:
@@ -165,9 +168,9 @@ def expressible(weight: QuantizedWeight) -> QuantizedWeight:
 def _positive(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The same weights with scales above zero: codes int16 (rows, blocks, block size), scales (rows, blocks).
 
-    A negative scale is there because the codes reach one further below zero than above. The code at that end has no
-    counterpart: it is cut off by one, or the block's scale is widened and its codes rounded once more, whichever
-    has the smaller squared error.
+    A negative scale is there because the codes reach one further below zero than above. The code at that end
+    has no counterpart: it is cut off by one, or the block's scale is widened and its codes rounded once more,
+    whichever has the smaller squared error.
     """
     most = 2 ** (bits - 1) - 1
     negative = scales < 0
@@ -189,7 +192,9 @@ def _positive(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 
 class DynamicLinear(nn.Module):
-    """A linear layer over an expressible weight; activations are quantized to int8, row by row, at each run."""
+    """A linear layer over an expressible weight; activations become int8, row by row, at each run."""
+
+    bias: Tensor | None
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -203,7 +208,7 @@ class DynamicLinear(nn.Module):
             qdata=codes,
             scale=linear.scales,
             zero_point=torch.zeros_like(linear.scales, dtype=torch.int8),
-            target_dtype=torch.int4 if linear.bits == 4 else torch.int8,
+            target_dtype=getattr(torch, f"int{linear.bits}"),
             block_size=(1, codes.shape[1] // linear.scales.shape[1]),
             dtype=torch.float32,
             activation_quantization="int8_asym_per_token",
@@ -309,11 +314,12 @@ def attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` in three steps; heads are the batch of both products.
 
-    Shapes: (batch, heads, length, head_dim). A row of the mask that sees nothing gives NaN, as the formula does.
+    Shapes: (batch, heads, length, head_dim). A row of the mask that sees nothing gives NaN, as the formula
+    does.
     """
     if is_causal or enable_gqa:
         raise MobileMMError("causal and grouped attention of an encoder are unknown to --target executorch")
-    batch, heads, length, width = query.shape
+    batch, heads, _, width = query.shape
     scale = width**-0.5 if scale is None else scale
     q, k, v = ((query * scale).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
     scores = torch.bmm(q, k.transpose(1, 2))
@@ -343,6 +349,8 @@ class TextDecoder(nn.Module):
     `position_ids` (3, 1, length) with M-RoPE only → logits (1, 1, vocabulary) of the last position.
     """
 
+    turn: Tensor
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers the operators)
@@ -359,8 +367,9 @@ class TextDecoder(nn.Module):
             for kind in ("cos", "sin"):
                 table = getattr(decoder, f"{kind}_{index}")
                 delattr(decoder, f"{kind}_{index}")
-                self.register_buffer(f"{kind}_{index}", torch.cat([table, table], -1)[:, None].contiguous())
-        # Rotary embedding turns (a, b) to (-b, a): a matrix, which is delegated where halves of heads are not.
+                self.register_buffer(f"{kind}_{index}", _doubled(table).contiguous())
+        # Rotary embedding turns (a, b) to (-b, a): a matrix, which is delegated where halves of heads are
+        # not.
         half = torch.eye(spec.head_dim // 2)
         zero = torch.zeros_like(half)
         self.register_buffer("turn", torch.cat([torch.cat([zero, -half], 1), torch.cat([half, zero], 1)]))
@@ -374,17 +383,25 @@ class TextDecoder(nn.Module):
         torch._check(start < self.context)
         torch._check(start + length <= self.context)
         cache = StaticCache(self, start, length)
-        return self.decoder.run(inputs_embeds, cache, self._rotary(start, length, position_ids), slice(-1, None))
+        return self.decoder.run(
+            inputs_embeds, cache, self._rotary(start, length, position_ids), slice(-1, None)
+        )
 
     def _rotary(self, start: Any, length: Any, position_ids: Tensor | None) -> list[Rotary]:
         """Cosines and sines of these positions, (length, 1, head_dim)."""
-        if self.tables:
-            pairs = [[getattr(self, f"{kind}_{i}") for kind in ("cos", "sin")] for i in range(self.tables)]
-            return [Rotary(*(table.narrow(0, start, length) for table in pair), per_token=True) for pair in pairs]
-        return [
-            Rotary(*(torch.cat([table, table], -1)[0][:, None] for table in (one.cos, one.sin)), per_token=True)
-            for one in self.decoder.rotary(position_ids)
-        ]
+        if not self.tables:
+            turned = self.decoder.rotary(position_ids)
+            return [Rotary(_doubled(one.cos)[0], _doubled(one.sin)[0], per_token=True) for one in turned]
+        found = []
+        for index in range(self.tables):
+            cos, sin = (getattr(self, f"{kind}_{index}").narrow(0, start, length) for kind in ("cos", "sin"))
+            found.append(Rotary(cos, sin, per_token=True))
+        return found
+
+
+def _doubled(table: Tensor) -> Tensor:
+    """(…, head_dim / 2) → (…, 1, head_dim), for both halves of a head."""
+    return torch.cat([table, table], -1)[..., None, :]
 
 
 class StaticCache:
@@ -435,8 +452,8 @@ class StaticCache:
 class Heads(nn.Module):
     """A layer's packed projection as three, since what cuts its output in pieces is not delegated.
 
-    Shapes: (1, length, hidden) → queries (1, length, heads, head_dim), keys and values (…, kv heads, head_dim), normed
-    as `Attention.split` does.
+    Shapes: (1, length, hidden) → queries (1, length, heads, head_dim), keys and values (…, kv heads,
+    head_dim), normed as `Attention.split` does.
     """
 
     def __init__(self, qkv: nn.Module, attention: Attention) -> None:
@@ -463,6 +480,7 @@ class Heads(nn.Module):
 
 def _rows(linear: nn.Module, rows: slice) -> nn.Module:
     """The layer that gives these of its outputs."""
+    assert isinstance(linear, nn.Linear | QuantizedLinear)
     bias = None if linear.bias is None else linear.bias[rows]
     count = rows.stop - rows.start
     if isinstance(linear, QuantizedLinear):
@@ -474,7 +492,6 @@ def _rows(linear: nn.Module, rows: slice) -> nn.Module:
             shape=(count, linear.in_features),
         )
         return QuantizedLinear(weight, bias)
-    assert isinstance(linear, nn.Linear)
     part = nn.Linear(linear.in_features, count, bias is not None, device="meta")
     part.weight = nn.Parameter(linear.weight[rows], requires_grad=False)
     if bias is not None:

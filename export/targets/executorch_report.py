@@ -20,8 +20,20 @@ EXPECTED: Mapping[str, str] = {
     **dict.fromkeys(("aten._to_copy", "dim_order_ops._to_dim_order_copy"), "pixels come as uint8"),
     **dict.fromkeys(
         (
-            *("aten.view_copy", "aten.slice_copy", "aten.select_copy", "aten.unsqueeze_copy", "aten.squeeze_copy"),
-            *("aten.permute_copy", "aten.expand_copy", "aten.cat", "aten.clone", "dim_order_ops._clone_dim_order"),
+            *(
+                "aten.view_copy",
+                "aten.slice_copy",
+                "aten.select_copy",
+                "aten.unsqueeze_copy",
+                "aten.squeeze_copy",
+            ),
+            *(
+                "aten.permute_copy",
+                "aten.expand_copy",
+                "aten.cat",
+                "aten.clone",
+                "dim_order_ops._clone_dim_order",
+            ),
             *("aten.split_copy", "aten.split_with_sizes_copy", "aten.alias_copy", "aten.constant_pad_nd"),
             *("aten.index", "aten.select_scatter", "aten.slice_scatter"),
         ),
@@ -29,7 +41,9 @@ EXPECTED: Mapping[str, str] = {
     ),
 }
 # Of shapes and positions, checked and computed where the program runs.
-BOOKKEEPING = re.compile(r"(aten\.(sym_\w+|_assert_\w+|_local_scalar_dense)|_operator\.|builtins\.|math\.|torch\.sym)")
+BOOKKEEPING = re.compile(
+    r"(aten\.(sym_\w+|_assert_\w+|_local_scalar_dense)|_operator\.|builtins\.|math\.|torch\.sym)"
+)
 
 
 @dataclass
@@ -63,7 +77,8 @@ class MethodReport:
         operators = sum(share.operators for share in self.backends.values())
         flops = sum(share.flops for share in self.backends.values())
         shares = [
-            f"{name} {share.operators / max(operators, 1):.0%} of operators, {share.flops / max(flops, 1):.1%} of FLOPs"
+            f"{name} {share.operators / max(operators, 1):.0%} of operators and"
+            f" {share.flops / max(flops, 1):.1%} of FLOPs"
             for name, share in self.backends.items()
         ]
         memory = sum(self.planned_memory) / 1e6
@@ -143,6 +158,6 @@ def flops(node: Any) -> int:
 def _shape(node: Any) -> list[int] | None:
     """Sizes, those that are dynamic as in the example."""
     value = getattr(node, "meta", {}).get("val")
-    if not hasattr(value, "shape"):
+    if value is None or not hasattr(value, "shape"):
         return None
-    return [int(size.node.hint) if hasattr(size, "node") and size.node.hint is not None else int(size) if isinstance(size, int) else 1 for size in value.shape]
+    return [size if isinstance(size, int) else int(size.node.hint or 1) for size in value.shape]

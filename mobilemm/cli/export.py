@@ -24,7 +24,8 @@ def export(
         typer.Argument(help="Model folder or hub id; left out, the model that ships with mobilemm."),
     ] = None,
     target: Annotated[
-        list[str], typer.Option("--target", "-t", help="onnx, coreml or executorch; may be given more than once.")
+        list[str],
+        typer.Option("--target", "-t", help="onnx, coreml or executorch; may be given more than once."),
     ] = ["onnx"],  # noqa: B006 (typer's own form)
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the bundle goes; left out, NAME-TARGET here.")

@@ -1,8 +1,8 @@
 """A bundle's folder, opened as a stranger's: the one place where its integrity is checked.
 
 Nothing that `open_bundle` has not looked at is ever loaded: the manifest is read with limits, each file must
-be a plain file inside the folder with the size and hash that the manifest says, and parts are checked without a
-runtime (`mobilemm.runtime.onnx_check`, `executorch_check`).
+be a plain file inside the folder with the size and hash that the manifest says, and parts are checked without
+a runtime (`mobilemm.runtime.onnx_check`, `executorch_check`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checks an ExecuTorch bundle's program as a file: what the runtime would load is looked at before it does.
 
 Whoever makes a hostile bundle computes its hashes as well. So the program's structure is read within limits
-(`mobilemm.runtime.pte`), its methods must be those of the manifest's parts, over known operators and delegates, and
-what it says of itself must be what the manifest says.
+(`mobilemm.runtime.pte`), its methods must be those of the manifest's parts, over known operators and
+delegates, and what it says of itself must be what the manifest says.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _faults(methods: dict[str, Method], manifest: Manifest, file: str) -> Iterat
     for name, number in numbers:
         found = constants(methods, name)
         if found != (number,):
-            yield f"{name} says {shown(list(found)[0] if found else None)}, where the manifest has {number}"
+            yield f"{name} says {shown(found[0] if found else None)}, where the manifest has {number}"
     if set(constants(methods, "get_eos_ids")) != set(model.eos_token_ids):
         yield "get_eos_ids says other tokens than the manifest"
 
@@ -84,8 +84,8 @@ def _signature_faults(method: Method, part: Part, context: int) -> Iterator[str]
             if not _fits(value, tensor, context):
                 found = f"{value.dtype} {value.shape}" if isinstance(value, TensorType) else "no tensor"
                 yield (
-                    f"method {method.name!r}: {tensor.name!r} is {found}, where the manifest has {tensor.dtype}"
-                    f" {shown(str(tuple(tensor.shape)))}"
+                    f"method {method.name!r}: {tensor.name!r} is {found}, where the manifest has"
+                    f" {tensor.dtype} {shown(str(tuple(tensor.shape)))}"
                 )
 
 

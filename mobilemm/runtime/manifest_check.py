@@ -280,7 +280,9 @@ def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     hidden, tokens = model.hidden_size, model.num_image_tokens
     if image is not None:
         vision = manifest.parts["vision"]
-        yield from _tensor_faults("vision", vision, "inputs", "image", (1, 3, image.height, image.width), ("uint8",))
+        yield from _tensor_faults(
+            "vision", vision, "inputs", "image", (1, 3, image.height, image.width), ("uint8",)
+        )
         yield from _tensor_faults("vision", vision, "outputs", "image_features", (1, tokens, hidden))
     embed, decoder = manifest.parts["embed"], manifest.parts["decoder"]
     yield from _tensor_faults("embed", embed, "inputs", "tokens", (1, None), ("int64",))

@@ -1,7 +1,7 @@
 """The structure of an ExecuTorch program (.pte), read within limits and without a runtime.
 
-Every offset, index and size is held against what it points into before it is used: ExecuTorch itself trusts most
-of them. Source: ExecuTorch's schema/program.fbs (file identifier ET12) and schema/extended_header.h.
+Every offset, index and size is held against what it points into before it is used: ExecuTorch itself trusts
+most of them. Source: ExecuTorch's schema/program.fbs (file identifier ET12) and schema/extended_header.h.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _Table:
 
 
 class _Reader:
-    """The bytes, and how much may yet be read of them: structures that share vectors could make them endless."""
+    """The bytes, and how much may yet be read of them: shared lists could make a structure endless."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

@@ -113,11 +113,13 @@ class ExecutorchProgram:
 class ExecutorchDecoder:
     """A `Decoder` over the method `text_decoder`, whose keys and values are buffers of fixed length.
 
-    The method gives the logits of the last position that it is fed: for those of others, it is fed in pieces that
-    end there.
+    The method gives the logits of the last position that it is fed: for those of others, it is fed in pieces
+    that end there.
     """
 
-    def __init__(self, program: ExecutorchProgram, context_length: int, takes_positions: bool = False) -> None:
+    def __init__(
+        self, program: ExecutorchProgram, context_length: int, takes_positions: bool = False
+    ) -> None:
         self.program, self.context_length, self.takes_positions = program, context_length, takes_positions
         self._length = 0
 
@@ -157,7 +159,7 @@ class ExecutorchDecoder:
 
 
 def look(program: ExecutorchProgram, pixels: Array) -> Array:
-    """Features (images · tokens, width) of pictures, uint8 (images, 3, height, width), one after the other."""
+    """Features (images · tokens, width) of pictures, uint8 (images, 3, height, width), one by one."""
     return np.concatenate([program(METHODS["vision"], picture[None])[0] for picture in pixels])
 
 
@@ -180,7 +182,7 @@ def _runtime() -> Any:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Sends what native code writes to stderr nowhere: ExecuTorch reports on processor files that it misses."""
+    """Sends nowhere what native code writes to stderr: ExecuTorch tells of processor files that it misses."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
@@ -195,7 +197,9 @@ def _check_version(bundle: Bundle) -> None:
     try:
         installed = version("executorch")
     except PackageNotFoundError as error:
-        raise MobileMMError("running this bundle needs executorch: pip install 'mobilemm[executorch]'") from error
+        raise MobileMMError(
+            "running this bundle needs executorch: pip install 'mobilemm[executorch]'"
+        ) from error
     wanted = bundle.manifest.runtime.min_version
     if Version(installed) < Version(wanted):
         raise MobileMMError(

@@ -1,4 +1,4 @@
-"""500 damaged ExecuTorch programs, and bundles whose files do not belong together: one line each, nothing loaded."""
+"""500 damaged ExecuTorch programs, and files that do not belong together: one line each, nothing loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refused(folder: Path) -> str:
 
 
 def damaged(rng: random.Random, data: bytes, structure: int) -> bytes:
-    """A bit, a number, a hole, or two places exchanged, within the first `structure` bytes; or an end cut off."""
+    """A bit, a number, a hole, two places exchanged, within the first `structure` bytes; or cut off."""
     changed, at = bytearray(data), rng.randrange(structure - 32)
     match rng.choice(["bit", "number", "hole", "exchange", "cut"]):
         case "bit":
@@ -49,14 +49,17 @@ def damaged(rng: random.Random, data: bytes, structure: int) -> bytes:
             changed[at : at + 16] = bytes(16)
         case "exchange":
             other = rng.randrange(structure - 32)
-            changed[at : at + 16], changed[other : other + 16] = changed[other : other + 16], changed[at : at + 16]
+            changed[at : at + 16], changed[other : other + 16] = (
+                changed[other : other + 16],
+                changed[at : at + 16],
+            )
         case "cut":
             del changed[rng.randrange(len(changed)) :]
     return bytes(changed)
 
 
 def test_500_damaged_programs(in_executorch: Bundle, folder: Path) -> None:
-    """By accident, where the hash shows it; and on purpose, with its hash: then the structure does, or it is whole."""
+    """By accident, where the hash shows it; on purpose, with its hash: then the structure, or it is whole."""
     rng = random.Random(0)
     data = (folder / PROGRAM).read_bytes()
     structure = struct.unpack_from("<Q", data, 16)[0]
@@ -65,17 +68,17 @@ def test_500_damaged_programs(in_executorch: Bundle, folder: Path) -> None:
         (folder / PROGRAM).write_bytes(damaged(rng, data, len(data)))
         if (folder / PROGRAM).read_bytes() != data:
             assert PROGRAM in refused(folder)
-    told: set[str] = set()
+    told: list[str] = []
     for _ in range(400):
         (folder / PROGRAM).write_bytes(damaged(rng, data, structure))
         rehash(folder)
         try:
             open_bundle(folder)
         except MobileMMError as error:
-            assert "\n" not in str(error)
-            assert len(str(error)) < 500
-            told.add(str(error).removeprefix(str(folder))[:60])
-    assert len(told) > 20
+            told.append(str(error).removeprefix(str(folder)))
+    assert all("\n" not in text and len(text) < 400 for text in told)
+    assert len(told) > 200
+    assert len({text[:60] for text in told}) > 20
     (folder / PROGRAM).write_bytes(data)
     rehash(folder)
     assert open_bundle(folder).manifest.parts.keys() == in_executorch.manifest.parts.keys()
@@ -126,7 +129,10 @@ def next_schema(manifest: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (longer_context, "method 'text_decoder': 'inputs_embeds' is float32 (1, 512, 64), where the manifest has"),
+        (
+            longer_context,
+            "method 'text_decoder': 'inputs_embeds' is float32 (1, 512, 64), where the manifest has",
+        ),
         (other_vocabulary, "'logits' is float32 (1, 1, 347), where the manifest has float32 '(1, 1, 355)'"),
         (other_end, "get_eos_ids says other tokens than the manifest"),
         (other_picture, "'image' is uint8 (1, 3, 32, 32), where the manifest has uint8 '(1, 3, 48, 48)'"),
@@ -152,7 +158,11 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
     [
         (b"token_embedding", b"token_empedding", "the method 'token_embedding' of part 'embed' is missing"),
         (b"XnnpackBackend", b"XnnpackPacker1", "needs the backend 'XnnpackPacker1', which is unknown here"),
-        (b"llama::custom_sdpa", b"shell::custom_sdpa", "calls 'shell::custom_sdpa.out', which is unknown here"),
+        (
+            b"llama::custom_sdpa",
+            b"shell::custom_sdpa",
+            "calls 'shell::custom_sdpa.out', which is unknown here",
+        ),
     ],
 )
 def test_other_names(folder: Path, name: bytes, other: bytes, message: str) -> None:
@@ -195,5 +205,8 @@ def test_structures_that_share_are_not_endless(tmp_path: Path) -> None:
     builder.Finish(builder.EndObject(), file_identifier=b"ET12")
     assert count * count > 10 * MOST_STEPS
     (tmp_path / "x.pte").write_bytes(bytes(builder.Output()))
-    with (tmp_path / "x.pte").open("rb") as file, pytest.raises(PteError, match=r"two methods|larger than any"):
+    with (
+        (tmp_path / "x.pte").open("rb") as file,
+        pytest.raises(PteError, match=r"two methods|larger than any"),
+    ):
         read_pte(file)

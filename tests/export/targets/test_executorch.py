@@ -34,7 +34,6 @@ from mobilemm.export.targets.executorch_lowering import (
     lower,
 )
 
-
 # --- forms ------------------------------------------------------------------------------------------------
 
 
@@ -80,7 +79,14 @@ def test_residual_norm_is_the_same_in_another_form() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "block", "columns", "group"),
-    [(4, 128, 576, 64), (4, 32, 96, 32), (4, 128, 64, 32), (4, 128, 200, 32), (4, None, 96, 32), (8, 128, 576, 576)],
+    [
+        (4, 128, 576, 64),
+        (4, 32, 96, 32),
+        (4, 128, 64, 32),
+        (4, 128, 200, 32),
+        (4, None, 96, 32),
+        (8, 128, 576, 576),
+    ],
 )
 def test_weights_are_nearly_the_plans(bits: Any, block: int | None, columns: int, group: int) -> None:
     weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(0))
@@ -170,7 +176,9 @@ def test_in_pieces_as_in_one(in_executorch: Bundle) -> None:
     rng = np.random.default_rng(0)
     embeds = rng.normal(0, 1, (1, 20, in_executorch.manifest.model.hidden_size)).astype(np.float32)
     whole = decoder.decode(embeds)
-    pieces = np.concatenate([other.decode(embeds[:, :7], logits_positions=np.arange(7)), other.decode(embeds[:, 7:])], 1)
+    pieces = np.concatenate(
+        [other.decode(embeds[:, :7], logits_positions=np.arange(7)), other.decode(embeds[:, 7:])], 1
+    )
     assert pieces.shape == (1, 8, in_executorch.manifest.model.vocab_size)
     assert snr_db(pieces[:, -1:], whole) > 60
     other.truncate(12)
@@ -188,7 +196,9 @@ def test_the_stock_runner_says_the_same(in_executorch: Bundle) -> None:
     """ExecuTorch's own MultimodalRunner on the same file, the tokenizer beside it, about the same picture."""
     (conversation,) = in_executorch.manifest.conversations
     assert conversation.image is not None
-    said = stock_runner_says(in_executorch, conversation.input_ids, in_executorch.path(conversation.image), 12)
+    said = stock_runner_says(
+        in_executorch, conversation.input_ids, in_executorch.path(conversation.image), 12
+    )
     session = Session(in_executorch, open_backend(in_executorch), Sampling(max_new_tokens=12))
     session.look_at(in_executorch.path(conversation.image))
     session.reply(conversation.prompt)
@@ -199,7 +209,7 @@ def test_the_stock_runner_says_the_same(in_executorch: Bundle) -> None:
 
 
 def stock_runner_says(bundle: Bundle, ids: list[int], picture: Path, count: int) -> list[str]:
-    """What ExecuTorch's runner says to these ids, the picture in the place of its placeholders, token by token."""
+    """What ExecuTorch's runner says to these ids, a picture in the place of its placeholders, by tokens."""
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.llm.runner import (
@@ -240,5 +250,3 @@ def test_vision_features_are_those_of_the_checkpoint(in_executorch: Bundle) -> N
     parity = in_executorch.manifest.parts["vision"].parity
     assert parity is not None
     assert parity.conversion_db > 30
-
-
