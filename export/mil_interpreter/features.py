@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mobilemm.export.mil_interpreter.package import Package
-from mobilemm.export.mil_interpreter.program import Function, TensorType
+from mobilemm.export.mil_interpreter.program import Function, ListType, StateType, TensorType
+from mobilemm.runtime.manifest_check import shown
 
 Shape = tuple[int, ...]
 
@@ -100,6 +101,20 @@ def read_signature(package: Package, function: Function, results: dict[str, Tens
             )
         sides.append(tuple(_feature(package, feature, declared[feature.name]) for feature in stored))
     return Signature(*sides)
+
+
+def result_types(package: Package, function: Function) -> dict[str, TensorType]:
+    """The types of a function's outputs by name. Raises MobileMMError for one that is no tensor."""
+    types = dict(function.block.inputs)
+    for operation in function.block.operations:
+        types.update(operation.outputs)
+    results: dict[str, TensorType] = {}
+    for name in function.block.outputs:
+        kind = types[name]
+        if isinstance(kind, ListType | StateType) or kind.dtype == "STRING":
+            raise package.error(f"function {shown(function.name)}: its output {shown(name)} is no tensor")
+        results[name] = kind
+    return results
 
 
 def _feature(package: Package, stored: Any, declared: TensorType) -> Feature:

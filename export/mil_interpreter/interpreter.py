@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.export.mil_interpreter.compiler import Compiler, Program, Run
-from mobilemm.export.mil_interpreter.features import Feature, Signature, read_signature
+from mobilemm.export.mil_interpreter.features import Feature, Signature, read_signature, result_types
 from mobilemm.export.mil_interpreter.ops import MOST_ELEMENTS
 from mobilemm.export.mil_interpreter.package import Package
-from mobilemm.export.mil_interpreter.program import Function, ListType, StateType, TensorType, read_functions
+from mobilemm.export.mil_interpreter.program import TensorType, read_functions
 from mobilemm.export.mil_interpreter.values import TORCH, ConstantStore, Precision
 from mobilemm.runtime.manifest_check import shown
 
@@ -104,7 +104,7 @@ class Model:
         self._states: dict[str, TensorType] = {}
         for name, function in self._functions.items():
             self._programs[name] = compiler.function(function)
-            results = _result_types(package, function)
+            results = result_types(package, function)
             self._results[name] = results
             self._signatures[name] = read_signature(package, function, results)
             for state, kind in function.states.items():
@@ -246,17 +246,3 @@ def _numpy(dtype: str) -> np.dtype[Any]:
     """NumPy's type of MIL's."""
     names = {"FLOAT16": "f2", "FLOAT32": "f4", "FLOAT64": "f8", "BOOL": "?"}
     return np.dtype(names.get(dtype, dtype.lower()))
-
-
-def _result_types(package: Package, function: Function) -> dict[str, TensorType]:
-    """The types of a function's outputs by name."""
-    types = dict(function.block.inputs)
-    for operation in function.block.operations:
-        types.update(operation.outputs)
-    results: dict[str, TensorType] = {}
-    for name in function.block.outputs:
-        kind = types[name]
-        if isinstance(kind, ListType | StateType) or kind.dtype not in TORCH:
-            raise package.error(f"function {shown(function.name)}: its output {shown(name)} is no tensor")
-        results[name] = kind
-    return results

@@ -8,6 +8,9 @@ from typing import Any
 
 from mobilemm import __version__
 from mobilemm.errors import MobileMMError
+from mobilemm.export.mil_interpreter.features import Feature, read_signature, result_types
+from mobilemm.export.mil_interpreter.package import Package
+from mobilemm.export.mil_interpreter.program import read_functions
 from mobilemm.runtime import manifest
 
 SPEC_FILE = Path("Data/com.apple.CoreML/model.mlmodel")
@@ -62,17 +65,19 @@ def describe(package: Path, part: str, facts: Mapping[str, str], author: str, li
 
 def signature(package: Path) -> tuple[tuple[manifest.Tensor, ...], tuple[manifest.Tensor, ...]]:
     """Inputs and outputs; a dimension that differs between functions, or is flexible, is called `length`."""
-    spec = read_spec(package)
-    found: dict[str, dict[str, manifest.Tensor]] = {"input": {}, "output": {}}
-    for kind, values in _features(spec):
-        for value in values if kind in found else ():
-            tensor = _tensor(value)
-            other = found[kind].get(tensor.name)
-            if other is not None and other.shape != tensor.shape:
+    read = Package(package)
+    inputs: dict[str, manifest.Tensor] = {}
+    outputs: dict[str, manifest.Tensor] = {}
+    for function in read_functions(read).values():
+        found = read_signature(read, function, result_types(read, function))
+        for features, tensors in ((found.inputs, inputs), (found.outputs, outputs)):
+            for feature in features:
+                tensor = _tensor(feature)
+                other = tensors.get(feature.name, tensor)
                 pairs = zip(tensor.shape, other.shape, strict=True)
-                tensor = tensor.model_copy(update={"shape": [a if a == b else "length" for a, b in pairs]})
-            found[kind][tensor.name] = tensor
-    return tuple(found["input"].values()), tuple(found["output"].values())
+                shape = [a if a == b else "length" for a, b in pairs]
+                tensors[feature.name] = tensor.model_copy(update={"shape": shape})
+    return tuple(inputs.values()), tuple(outputs.values())
 
 
 def require_states(package: Path, num_layers: int) -> None:
@@ -102,16 +107,8 @@ def _features(spec: Any) -> Iterator[tuple[str, Any]]:
             yield kind, getattr(owner, kind)
 
 
-def _tensor(value: Any) -> manifest.Tensor:
-    from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType as Array
-
-    if value.type.WhichOneof("Type") == "imageType":
-        image = value.type.imageType
-        return manifest.Tensor(name=value.name, dtype="uint8", shape=[1, 3, image.height, image.width])
-    array = value.type.multiArrayType
-    kinds = {Array.FLOAT16: "float16", Array.FLOAT32: "float32", Array.INT32: "int32"}
-    shape: list[int | str] = list(array.shape)
-    for axis, size in enumerate(array.shapeRange.sizeRanges):
-        if size.lowerBound != size.upperBound:
-            shape[axis] = "length"
-    return manifest.Tensor(name=value.name, dtype=kinds[array.dataType], shape=shape)  # type: ignore[arg-type]
+def _tensor(feature: Feature) -> manifest.Tensor:
+    ranges = feature.ranges or [(size, size) for size in feature.shape]
+    shape = ["length" if low is None or low != high else low for low, high in ranges]
+    dtype = "uint8" if feature.image else feature.dtype
+    return manifest.Tensor(name=feature.name, dtype=dtype, shape=shape)  # type: ignore[arg-type]

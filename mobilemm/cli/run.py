@@ -49,7 +49,10 @@ def run(
 
     opened = open_bundle(bundle)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p)
-    session = Session(opened, open_backend(opened, threads), sampling, system=system)
+    backend = open_backend(opened, threads)
+    if opened.manifest.target == "coreml":
+        typer.echo(f"runs on {backend.runtime}", err=True)
+    session = Session(opened, backend, sampling, system=system)
     for picture in image or []:
         session.look_at(picture)
 

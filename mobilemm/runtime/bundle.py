@@ -2,7 +2,7 @@
 
 Nothing that `open_bundle` has not looked at is ever loaded: the manifest is read with limits, each file must
 be a plain file inside the folder with the size and hash that the manifest says, and parts are checked without
-a runtime (`mobilemm.runtime.onnx_check`, `executorch_check`).
+a runtime (`mobilemm.runtime.onnx_check`, `coreml_check`, `executorch_check`).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
     """Opens and checks a bundle; no model is loaded.
 
     Always checked: the manifest and what it says of itself, that the folder holds the files that it lists, in
-    their sizes, and no other, and the structure of ONNX parts. With `verify` also what reads every byte: the
-    files' SHA-256 and that stored numbers are finite.
+    their sizes, and no other, and the structure of ONNX and Core ML parts. With `verify` also what
+    reads every byte: the files' SHA-256 and that stored numbers are finite.
 
     A file that the manifest does not list is refused, because libraries that open a folder by its name would
     read it unchecked (a tokenizer's `added_tokens.json`, for one). Only hidden files at the top are ignored,
@@ -91,6 +91,11 @@ def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
 
         for name in manifest.parts:
             check_onnx_part(folder, manifest, name, values=verify)
+    elif manifest.target == "coreml":
+        from mobilemm.runtime.coreml_check import check_coreml_part
+
+        for name in manifest.parts:
+            check_coreml_part(folder, manifest, name, values=verify)
     elif manifest.target == "executorch":
         from mobilemm.runtime.executorch_check import check_executorch_parts
 

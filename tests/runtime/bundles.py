@@ -1,4 +1,4 @@
-"""Bundles of tiny models: their parts written by the ONNX target in full precision."""
+"""Bundles of tiny models: their parts written by a target in full precision."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mobilemm.export.targets import find_target
 from mobilemm.runtime.manifest import File, Manifest, ModelCard, Part, Quantization
 
 
-def write_bundle(model: Any, processor: Any, folder: Path, standard_ops: bool = False) -> Path:
-    """`folder` with manifest.json, parts and tokenizer."""
+def write_bundle(model: Any, processor: Any, folder: Path, to: str = "onnx", **options: Any) -> Path:
+    """`folder` with manifest.json, parts and tokenizer; `to` names the target."""
     split = split_model(model, processor)
     folder.mkdir(parents=True)
     (folder / "parts").mkdir()
-    target = find_target("onnx", standard_ops=standard_ops)
+    target = find_target(to, **options)
     made, parts = parts_of(split), {}
     for name in ("vision", "decoder", "embed"):  # the embedding last, which may share the decoder's table
         module = made[name].module
@@ -28,7 +28,7 @@ def write_bundle(model: Any, processor: Any, folder: Path, standard_ops: bool = 
         exported = target.write(made[name], module, folder / "parts")
         files = [f"parts/{file}" for file in exported.files]
         parts[name] = Part(
-            file=files[0],
+            file=f"parts/{exported.file}",
             files=files,
             inputs=list(exported.inputs),
             outputs=list(exported.outputs),
@@ -62,7 +62,7 @@ def write_bundle(model: Any, processor: Any, folder: Path, standard_ops: bool = 
     manifest = Manifest(
         schema_version=1,
         created_by={"mobilemm": "test"},
-        target="onnx",
+        target=target.name,
         runtime=target.runtime,
         model=card,
         parts=parts,

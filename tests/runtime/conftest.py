@@ -95,6 +95,13 @@ def bundle(shared_folder: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def coreml_bundle(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`loaded` as a Core ML bundle in float16, with a prefill of 16 positions."""
+    folder = tmp_path_factory.mktemp("bundles") / "coreml"
+    return open_bundle(write_bundle(loaded.model, loaded.processor, folder, "coreml", prefill=16))
+
+
+@pytest.fixture(scope="session")
 def concatenated(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in standard operators, with a cache that is concatenated."""
     folder = tmp_path_factory.mktemp("bundles") / "concatenated"

@@ -41,6 +41,10 @@ class Decoder(Protocol):
 class Backend(Protocol):
     """One bundle, its parts loaded when they are first used."""
 
+    @property
+    def runtime(self) -> str:
+        """What runs it here, for people: a name and a version."""
+
     def load(self, part: str) -> None:
         """Loads a part now. Raises MobileMMError when it cannot be loaded."""
 
@@ -64,6 +68,10 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
         from mobilemm.runtime.backends.onnx import OnnxBackend
 
         return OnnxBackend(bundle, threads)
+    if target == "coreml":
+        from mobilemm.runtime.backends.coreml import CoreMLBackend
+
+        return CoreMLBackend(bundle, threads)
     if target == "executorch":
         from mobilemm.runtime.backends.executorch import ExecutorchBackend
 

@@ -33,6 +33,10 @@ class ExecutorchBackend:
         self.bundle, self.threads = bundle, threads
         self._programs: dict[str, ExecutorchProgram] = {}
 
+    @property
+    def runtime(self) -> str:
+        return f"ExecuTorch {version('executorch')}"
+
     def load(self, part: str) -> None:
         program = self._program(part)
         # ExecuTorch loads a method with its first call. One token costs nothing; a picture is waited for.

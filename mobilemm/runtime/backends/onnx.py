@@ -41,6 +41,12 @@ class OnnxBackend:
         self.threads = cores() if threads is None else threads
         self._sessions: dict[str, Any] = {}
 
+    @property
+    def runtime(self) -> str:
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}"
+
     def load(self, part: str) -> None:
         self.session(part)
 
