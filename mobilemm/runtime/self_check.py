@@ -24,8 +24,8 @@ RUNTIMES = {"onnx": "onnxruntime", "coreml": "coremltools", "executorch": "execu
 
 # Where the same runtime ran on the same kind of processor, only the order of additions may differ: no single
 # number by more than a ten-thousandth of what they are on average. (A weight of the output head changes one
-# logit of tens of thousands, which no mean over all of them shows.) Where all is rounded to float16, the order
-# of additions decides which way, and that goes on through all layers: a hundredth.
+# logit of tens of thousands, which no mean over all of them shows.) Where all is rounded to float16, that
+# order decides which way, and it goes on through all layers: a hundredth.
 SAME_RUNTIME_DB = {"onnx": 80.0, "coreml": 40.0, "executorch": 80.0}
 MAX_DB = 200.0
 # In the embedding's golden file: that no row was changed, also those that no golden prompt looks up.

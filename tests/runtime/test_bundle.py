@@ -136,24 +136,6 @@ def test_the_line_names_the_key_and_what_is_wrong(
     assert message in str(error.value)
 
 
-def test_a_part_for_another_target_may_be_a_package_of_files(folder: Path) -> None:
-    """Core ML's .mlpackage is a folder: `file` is the folder, `files` what lies in it."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    package = folder / "parts" / "decoder.mlpackage"
-    (package / "Data").mkdir(parents=True)
-    (folder / "parts" / "decoder.onnx").rename(package / "Data" / "model.mlmodel")
-    (folder / "parts" / "decoder.onnx.data").rename(package / "Manifest.json")
-    text = json.dumps(manifest)
-    text = text.replace('"file": "parts/decoder.onnx"', '"file": "parts/decoder.mlpackage"')
-    text = text.replace('"parts/decoder.onnx.data"', '"parts/decoder.mlpackage/Manifest.json"')
-    text = text.replace('"parts/decoder.onnx"', '"parts/decoder.mlpackage/Data/model.mlmodel"')
-    text = text.replace('"target": "onnx"', '"target": "coreml"')
-    path.write_text(text)
-    rehash(folder)
-    assert open_bundle(folder).part_path("decoder") == package
-
-
 def test_a_missing_folder_and_a_folder_without_manifest_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(MobileMMError, match="there is no such folder"):
         open_bundle(tmp_path / "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_run_says_what_runs_it(coreml_bundle: Bundle) -> None:
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert "reference interpreter" in found.stderr
+
+
+def test_reading_is_light(coreml_bundle: Bundle) -> None:
+    """Neither PyTorch nor coremltools is imported to check a bundle."""
+    code = (
+        "import sys; from mobilemm.runtime.bundle import open_bundle; open_bundle(sys.argv[1]);"
+        "print(*{'torch', 'coremltools'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(coreml_bundle.folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
 
 
 @pytest.fixture
