@@ -21,7 +21,8 @@ def inspect(
 ) -> None:
     """Show parts, parameters, image tokens, context, template and memory, without loading weights.
 
-    Of a bundle also how each part is quantized and how close it is to PyTorch, as measured when it was made.
+    Of a bundle also how each part is quantized and how close it is to PyTorch, as measured when it was made;
+    of Core ML programs what is to be expected of Apple's processors, as predicted.
     """
     if model is not None and (Path(model) / "manifest.json").is_file():
         _inspect_bundle(Path(model), json)
@@ -82,11 +83,16 @@ def _inspect_bundle(folder: Path, json: bool) -> None:
     """Looks at names and sizes of the files alone; it is `mobilemm verify` that reads them."""
     from mobilemm.runtime.bundle import open_bundle
 
-    manifest = open_bundle(folder, verify=False).manifest
+    bundle = open_bundle(folder, verify=False)
     if json:
-        typer.echo(manifest.model_dump_json(indent=2))
+        typer.echo(bundle.manifest.model_dump_json(indent=2))
         return
-    _show_bundle(folder, manifest)
+    _show_bundle(folder, bundle.manifest)
+    if bundle.manifest.target == "coreml":
+        from mobilemm.runtime.coreml_advice import predict
+
+        for advice in predict(bundle):
+            typer.echo(f"predicted: {advice.part}: {advice.text}")
 
 
 def _show_bundle(folder: Path, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from mobilemm.export.bundle import BundleWriter
 from mobilemm.runtime import manifest as contract
 from mobilemm.runtime.bundle import open_bundle
 from mobilemm.runtime.manifest import PATH_PATTERN, json_schema
-from tests.runtime.tiny_bundle import IMAGE_TOKEN, rehash, tiny_manifest, write_manifest, write_parts
+from tests.runtime.tiny_bundle import IMAGE_TOKEN, tiny_manifest, write_manifest, write_parts
 
 
 @pytest.fixture
