@@ -25,11 +25,11 @@ def embed_with_images(
         input_ids: (1, length).
         image_features: (n, width), n may be 0.
 
-    Returns: (1, length, width) in the dtype that `lookup` gives.
+    Returns: float32 (1, length, width).
     """
     is_image = input_ids == image_token_id
     known = np.where(is_image, 0, input_ids) if image_token_id >= vocab_size else input_ids
-    rows = np.array(lookup(known))
+    rows = np.array(lookup(known), np.float32)
     places = np.flatnonzero(is_image)[: len(image_features)]
     rows[0, places] = image_features[: len(places)]
     return rows
