@@ -78,6 +78,15 @@ class Expression:
         )
         return (self.operation.type, self.output, self.operation.outputs[self.output][1], parts)
 
+    @property
+    def dtype(self) -> str:
+        """The declared element type, as MIL names it."""
+        if self.constant is not None:
+            return self.constant.type.dtype
+        assert self.operation is not None
+        declared = self.operation.outputs[self.output][1]
+        return declared.dtype if isinstance(declared, TensorType) else ""
+
     def python(self, kind: str) -> Any:
         """The constant as a Python value of a kind that an operation's parameter has."""
         if self.constant is None:
@@ -136,7 +145,11 @@ class ConstantStore:
         key = expression.identity
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._keep(key, expression.tensor(self.precision))
+            # What is declared float16 is rounded to it, unless nothing is.
+            narrow = expression.dtype == "FLOAT16" and (
+                self.precision == "declared" or expression.constant is not None
+            )
+            kept = self._keep(key, expression.tensor(self.precision), narrow)
         return kept if kept.dtype != torch.float16 else kept.float()
 
     def keeps(self, expression: Expression) -> bool:
@@ -144,15 +157,13 @@ class ConstantStore:
         kept = self._kept.get(expression.identity)
         return kept is not None and kept.dtype != torch.float16
 
-    def _keep(self, key: object, tensor: Tensor) -> Tensor:
+    def _keep(self, key: object, tensor: Tensor, narrow: bool) -> Tensor:
         if tensor.nbytes <= self._room[torch.float32]:
             self._room[torch.float32] -= tensor.nbytes
             self._kept[key] = tensor
-        elif tensor.dtype == torch.float32 and tensor.nbytes // 2 <= self._room[torch.float16]:
-            half = tensor.half()
-            if torch.equal(half.float(), tensor):
-                self._room[torch.float16] -= half.nbytes
-                self._kept[key] = half
+        elif narrow and tensor.nbytes // 2 <= self._room[torch.float16]:
+            self._kept[key] = tensor.half()
+            self._room[torch.float16] -= tensor.nbytes // 2
         return tensor
 
 

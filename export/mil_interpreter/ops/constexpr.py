@@ -23,10 +23,10 @@ def _blockwise(data: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         for part in (blocks, size // blocks)
     ]
     outer = [part for blocks in scale.shape for part in (blocks, 1)]
-    values = data.reshape(inner).float()
-    if offset is not None:
-        values = values - offset.float().reshape(outer)
-    return (values * scale.float().reshape(outer)).reshape(data.shape)
+    codes, scales = data.reshape(inner), scale.float().reshape(outer)
+    if offset is None:
+        return (codes * scales).reshape(data.shape)
+    return (codes - offset.float().reshape(outer)).mul_(scales).reshape(data.shape)
 
 
 def _looked_up(indices: Tensor, lut: Tensor, vector_axis: int | None) -> Tensor:

@@ -121,6 +121,31 @@ def test_functions_share_weights_and_states(tmp_path: Path) -> None:
     assert len({key for key in model._store._kept if isinstance(key, tuple)}) == 1
 
 
+@pytest.mark.parametrize("room", [0, 3_000, 10_000, 10**9])
+def test_constants_that_do_not_fit_are_decompressed_at_each_use(tmp_path: Path, room: int) -> None:
+    """In fp32, in fp16, and not at all: the same numbers, and no more kept than there is room for."""
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(-8, 8, (32, 32)).astype(np.int8) for _ in range(4)]
+    scale = np.full((32, 1), 0.0625, np.float16)
+
+    def build(x):  # type: ignore[no-untyped-def]
+        for code in codes:
+            x = mb.linear(x=x, weight=mb.constexpr_blockwise_shift_scale(data=code, scale=scale))
+        return mb.identity(x=x, name="y")
+
+    x = rng.standard_normal((2, 32)).astype(np.float16)
+    path = save_program(tmp_path / "m.mlpackage", build, {"x": x})
+    wanted = x.astype(np.float32)
+    for code in codes:
+        wanted = (wanted @ (code * scale.astype(np.float32)).T).astype(np.float16).astype(np.float32)
+    model = mil_interpreter.load(path, keep_bytes=room)
+    for _ in range(2):
+        np.testing.assert_allclose(model({"x": x})["y"], wanted, rtol=2e-3, atol=2e-3)
+    kept = [tensor.nbytes for tensor in model._store._kept.values()]
+    assert sum(kept) <= 2 * room
+    assert (sorted(kept, reverse=True)[:4] == [4096] * 4) == (room == 10**9)
+
+
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
