@@ -140,8 +140,8 @@ class DecoderStep(nn.Module):
         seen = columns <= rows
         if window is not None:
             seen = seen & (columns > rows - window)
-        unseen = torch.tensor(UNSEEN, dtype=torch.float16)
-        return torch.where(seen, torch.zeros_like(unseen), unseen)[None, None]
+        # Computed, as coremltools would store both sides of a `where` in full.
+        return ((seen.half() - 1) * -UNSEEN)[None, None]
 
 
 class StateCache:
@@ -159,17 +159,20 @@ class StateCache:
         if rotary is not None:
             q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        layer, start, stop = attention.index, self.start, self.start + self.step.length
-        keys, values = self.step.k_cache, self.step.v_cache
-        assert isinstance(keys, Tensor)
-        assert isinstance(values, Tensor)
-        keys[layer : layer + 1, :, start:stop] = k
-        values[layer : layer + 1, :, start:stop] = v
+        k = self._append("k_cache", attention.index, k)
+        v = self._append("v_cache", attention.index, v)
         # Queries that share keys lie one below the other, so that keys are not repeated for them.
         q = q.reshape(1, attention.kv_heads, -1, attention.head_dim)
-        out = self._scaled_dot_product(attention, q, keys[layer : layer + 1], values[layer : layer + 1])
+        out = self._scaled_dot_product(attention, q, k, v)
         out = out.reshape(1, attention.heads, -1, attention.head_dim).transpose(1, 2).flatten(2)
         return out.mT[:, :, None] if self.step.layout == "ane" else out
+
+    def _append(self, name: str, layer: int, new: Tensor) -> Tensor:
+        """Writes (1, kv heads, length, head_dim) into a layer of a state; gives what that then holds."""
+        state = getattr(self.step, name)
+        # By a slice: coremltools drops what is assigned by a tensor of indices.
+        state[layer : layer + 1, :, self.start : self.start + self.step.length] = new
+        return state[layer : layer + 1]
 
     def _scaled_dot_product(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = attention.head_dim**-0.5

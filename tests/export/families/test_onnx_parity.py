@@ -103,15 +103,9 @@ def test_logits_in_standard_operators(case: Any, tmp_path: Path) -> None:
 
 def check(case: Any, bundle: Bundle) -> None:
     """Prompts with no, one and two pictures, each with an answer."""
-    split, processor = case.split, case.split.processor
-    noise = np.random.default_rng(0).integers(0, 256, (2, split.image.height, split.image.width, 3), np.uint8)
     for count in (0, 1, 2):
-        text = f"What{processor.image_token * (count > 0)} is{processor.image_token * (count > 1)} this?"
-        # Of the tile's own size: how pictures come to it is tested elsewhere.
-        pictures = {"images": [PIL.fromarray(one) for one in noise[:count]]} if count else {}
-        inputs = dict(processor(text=[text], return_tensors="pt", **pictures))
+        inputs, pixels = prompt_and_pictures(case, count)
         wanted = transformers_logits(case.reference, inputs, DECODED)
-        pixels = noise[:count].transpose(0, 3, 1, 2)
         found = bundle.logits(inputs["input_ids"].numpy(), pixels, DECODED)
         for one, other in zip(found, wanted, strict=True):
             assert one.shape == tuple(other.shape)
@@ -121,6 +115,17 @@ def check(case: Any, bundle: Bundle) -> None:
             changed = np.concatenate([pixels[:-1], 255 - pixels[-1:]])
             seen = bundle.logits(inputs["input_ids"].numpy(), changed, DECODED)
             assert float(np.abs(seen[-1] - found[-1]).max()) > 10 * TOLERANCE
+
+
+def prompt_and_pictures(case: Any, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """transformers' inputs for a prompt with up to two pictures, and their pixels."""
+    image, processor = case.split.image, case.split.processor
+    noise = np.random.default_rng(0).integers(0, 256, (2, image.height, image.width, 3), np.uint8)
+    text = f"What{processor.image_token * (count > 0)} is{processor.image_token * (count > 1)} this?"
+    # Of the tile's own size: how pictures come to it is tested elsewhere.
+    pictures = {"images": [PIL.fromarray(one) for one in noise[:count]]} if count else {}
+    inputs = dict(processor(text=[text], return_tensors="pt", **pictures))
+    return inputs, noise[:count].transpose(0, 3, 1, 2)
 
 
 @torch.no_grad()
