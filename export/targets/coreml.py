@@ -221,7 +221,9 @@ class CoreMLTarget:
             ]
             or None,
             minimum_deployment_target=getattr(ct.target, self.options.minimum_deployment_target),
-            compute_precision=ct.transform.FP16ComputePrecision(lambda op: not keeps_float32(op)),
+            compute_precision=ct.precision.FLOAT16
+            if states
+            else ct.transform.FP16ComputePrecision(lambda op: not keeps_float32(op)),
             pass_pipeline=ct.PassPipeline(list(STEP_PASSES), "decoder step") if states else None,
             package_dir=str(package),
             skip_model_load=True,

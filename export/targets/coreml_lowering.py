@@ -104,7 +104,8 @@ class DecoderStep(nn.Module):
         rotary = self._rotary(positions[None] if self.sections is None else given["rope_position_ids"][:, 0])
         windows = {layer.spec.window for layer in self.decoder.layers}  # type: ignore[union-attr]
         masks = {window: self._mask(positions, window) for window in sorted(windows, key=str)}
-        hidden, residual = inputs_embeds, None
+        # coremltools makes float32 of its inputs, and then of all constants, unless the graph says otherwise.
+        hidden, residual = inputs_embeds.half(), None
         if self.layout == "ane":
             hidden = hidden.mT[:, :, None]
         for layer in self.decoder.layers:
@@ -141,7 +142,7 @@ class DecoderStep(nn.Module):
         if window is not None:
             seen = seen & (columns > rows - window)
         # Computed, as coremltools would store both sides of a `where` in full.
-        return ((seen.half() - 1) * -UNSEEN)[None, None]
+        return ((seen.half() - 1) * half(-UNSEEN))[None, None]
 
 
 class StateCache:
@@ -172,18 +173,23 @@ class StateCache:
         state = getattr(self.step, name)
         # By a slice: coremltools drops what is assigned by a tensor of indices.
         state[layer : layer + 1, :, self.start : self.start + self.step.length] = new
-        return state[layer : layer + 1]
+        return state[layer : layer + 1].half()
 
     def _scaled_dot_product(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = attention.head_dim**-0.5
         if attention.softcap is None and self.step.layout == "gpu":
             # The operator knows one scale only.
-            q = q if attention.scale == own else q * (attention.scale / own)
+            q = q if attention.scale == own else q * half(attention.scale / own)
             return F.scaled_dot_product_attention(q, k, v, self.mask)
-        scores = (q * attention.scale) @ k.mT
+        scores = (q * half(attention.scale)) @ k.mT
         if attention.softcap is not None:
-            scores = torch.tanh(scores / attention.softcap) * attention.softcap
+            scores = torch.tanh(scores * half(1 / attention.softcap)) * half(attention.softcap)
         return (scores + self.mask).softmax(-1) @ v
+
+
+def half(value: float) -> Tensor:
+    """A constant in float16: by a plain number coremltools makes float32 of what it multiplies."""
+    return torch.tensor(value, dtype=torch.float16)
 
 
 # --- norms --------------------------------------------------------------------------------------------------
@@ -221,9 +227,10 @@ class _ChannelNorm(nn.Module):
         self.root = eps**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(1, keepdim=True).clamp(min=self.root)
+        root = half(self.root)
+        largest = torch.maximum(x.abs().amax(1, keepdim=True), root)
         scaled = x / largest
-        eps = self.root / largest
+        eps = root / largest
         return scaled * torch.rsqrt((scaled * scaled).mean(1, keepdim=True) + eps * eps) * self.weight
 
 

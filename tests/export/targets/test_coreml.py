@@ -12,6 +12,7 @@ from torch import Tensor
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.parts import CacheShape, Part
 from mobilemm.export.targets.coreml import CoreMLOptions, CoreMLTarget
+from mobilemm.export.targets.coreml_package import read_spec
 from mobilemm.runtime.self_check import snr_db
 from tests.export.language_models import (
     config_of,
@@ -27,6 +28,22 @@ def part_of(decoder: Decoder, embeds: Tensor) -> Part:
     spec = decoder.spec
     cache = CacheShape(spec.num_layers, spec.num_key_value_heads, spec.head_dim)
     return Part("decoder", decoder, {"inputs_embeds": embeds[:, :3]}, ("logits",), cache=cache)
+
+
+def float32_operations(package: Path) -> list[str]:
+    """Names of a program's operations that compute in float32, which the Neural Engine does not."""
+    from coremltools.proto import MIL_pb2
+
+    found = []
+    for function in read_spec(package).mlProgram.functions.values():
+        for block in function.block_specializations.values():
+            for operation in (one for one in block.operations if one.type != "const"):
+                found += [
+                    output.name
+                    for output in operation.outputs
+                    if output.type.tensorType.dataType == MIL_pb2.FLOAT32
+                ]
+    return found
 
 
 # Of ropes one kind: tables are tables.
@@ -45,6 +62,7 @@ def test_logits_are_transformers_own(name: str, layout: Any, tmp_path: Path) -> 
     target = CoreMLTarget(CoreMLOptions(layout=layout, prefill=16))
     part = part_of(decoder, embeds)
     exported = target.write(part, decoder, tmp_path)
+    assert float32_operations(tmp_path / exported.file) == []
     found = target.run(part, exported, tmp_path, {"inputs_embeds": embeds.numpy()})
     assert found.shape == tuple(wanted.shape)
     assert snr_db(found, wanted.numpy()) > 35

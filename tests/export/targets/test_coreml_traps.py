@@ -171,7 +171,7 @@ def test_updates_that_were_lost_are_noticed(tmp_path: Path, monkeypatch: pytest.
     def into_a_copy(self: Any, name: str, layer: int, new: Tensor) -> Tensor:
         state = getattr(self.step, name).clone()
         state[layer : layer + 1, :, self.start : self.start + self.step.length] = new
-        return state[layer : layer + 1]
+        return state[layer : layer + 1].half()
 
     monkeypatch.setattr(StateCache, "_append", into_a_copy)
     with pytest.raises(
