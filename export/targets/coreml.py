@@ -149,7 +149,7 @@ class CoreMLTarget:
             }
             if name == "decoder":
                 facts["context_length"] = str(card.context_length)
-            author = f"{card.name}, by mobilemm"
+            author = f"{card.name}, exported by mobilemm"
             describe(folder / part.file, name, facts, author=author, license=card.license)
             size = sum((folder / file).stat().st_size for file in part.files)
             parts[name] = part.model_copy(update={"bytes": size})

@@ -34,7 +34,7 @@ def _spliced(part: Part, model: mil_interpreter.Model, inputs: Mapping[str, Arra
     from mobilemm.runtime.embedding import embed_with_images
 
     def lookup(ids: Array) -> Array:
-        return model({"input_ids": ids.astype(np.int32)})["inputs_embeds"]
+        return model({"input_ids": ids.astype(np.int32)})["inputs_embeds"].astype(np.float32)
 
     module: Any = part.module
     return embed_with_images(
@@ -43,7 +43,7 @@ def _spliced(part: Part, model: mil_interpreter.Model, inputs: Mapping[str, Arra
         inputs["image_features"],
         module.image_token_id,
         module.table.num_embeddings,
-    ).astype(np.float32)
+    )
 
 
 def _decoder_logits(model: mil_interpreter.Model, inputs: Mapping[str, Array]) -> NDArray[np.float32]:

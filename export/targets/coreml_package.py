@@ -26,8 +26,7 @@ VALUES = {
     "image_features": "A row for each placeholder of the picture, in reading order.",
     "input_ids": "Token ids; those of placeholders give rows that the picture's take the place of.",
     "inputs_embeds": "Embeddings of the tokens, a picture's features in its placeholders' places.",
-    "position_ids": "Where in the cache these positions are written: consecutive, from the number of those"
-    " before on.",
+    "position_ids": "Where in the cache these positions are written: consecutive, counted from 0.",
     "rope_position_ids": "Positions in time, height and width, by which attention turns queries and keys.",
     "last_index": "Whose logits are given, counted from this call's first row; rows behind it are padding.",
     "logits": "Of the token behind the last position.",
