@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ def lower(module: nn.Module, layout: Layout = "gpu", prefix: str = "") -> nn.Mod
             # Norms of queries and keys lie behind the last dimension in every layout.
             setattr(module, name, rms_norm(child, "gpu" if isinstance(module, Attention) else layout))
         elif type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
-            setattr(module, name, _LastDimensionNorm(child.weight, child.variance_epsilon))
+            norm: Any = child  # transformers' own, one for each family
+            setattr(module, name, _LastDimensionNorm(norm.weight, norm.variance_epsilon))
         else:
             lower(child, layout, f"{path}.")
     return module
@@ -102,7 +103,7 @@ class DecoderStep(nn.Module):
         given = dict(zip(self.input_names[2:], more, strict=True))
         positions = position_ids[0]
         rotary = self._rotary(positions[None] if self.sections is None else given["rope_position_ids"][:, 0])
-        windows = {layer.spec.window for layer in self.decoder.layers}  # type: ignore[union-attr]
+        windows = {layer.window for layer in self.decoder.spec.layers}
         masks = {window: self._mask(positions, window) for window in sorted(windows, key=str)}
         # coremltools makes float32 of its inputs, and then of all constants, unless the graph says otherwise.
         hidden, residual = inputs_embeds.half(), None
@@ -115,7 +116,9 @@ class DecoderStep(nn.Module):
             hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
         if self.length > 1:
             axis = 3 if self.layout == "ane" else 1
-            hidden, residual = (x.index_select(axis, given["last_index"]) for x in (hidden, residual))
+            assert residual is not None
+            hidden = hidden.index_select(axis, given["last_index"])
+            residual = residual.index_select(axis, given["last_index"])
         logits = self.decoder.logits(hidden, residual)
         return logits.reshape(1, 1, -1)
 
@@ -130,7 +133,8 @@ class DecoderStep(nn.Module):
                     parts = [list(row.split(list(self.sections), -1)) for row in rows]
                     rows = [torch.cat([parts[i % 3][i] for i in range(len(self.sections))], -1)]
                 turned.append(rows[0][None])
-            found.append(Rotary(*turned, per_token=True))
+            cos, sin = turned
+            found.append(Rotary(cos, sin, per_token=True))
         return found
 
     def _mask(self, positions: Tensor, window: int | None) -> Tensor:
