@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mobilemm.export.assemble import Result
     from mobilemm.export.plan_sizes import Estimate
 
+# Headings of the help.
+QUANTIZATION, ONNX, COREML, EXECUTORCH = "Quantization", "ONNX", "Core ML", "ExecuTorch"
 QUANTIZED = "int4, int6, int8, fp16 or fp32"
 
 
@@ -34,71 +36,124 @@ def export(
         bool, typer.Option("--force", "-f", help="Replace a bundle that is there already.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="One precision for all parts: fp32, int8 or int4.")
+        str | None,
+        typer.Option(rich_help_panel=QUANTIZATION, help="One precision for all parts: fp32, int8 or int4."),
     ] = None,
-    q_llm: Annotated[str | None, typer.Option("--q-llm", help=f"Language model: {QUANTIZED} [int4].")] = None,
-    q_embed: Annotated[str | None, typer.Option("--q-embed", help="Embedding table, likewise.")] = None,
+    q_llm: Annotated[
+        str | None,
+        typer.Option(
+            "--q-llm", rich_help_panel=QUANTIZATION, help=f"Language model: {QUANTIZED} (int4 unless said)."
+        ),
+    ] = None,
+    q_embed: Annotated[
+        str | None, typer.Option("--q-embed", rich_help_panel=QUANTIZATION, help="Embedding table, likewise.")
+    ] = None,
     q_vision: Annotated[
-        str | None, typer.Option("--q-vision", help="Vision encoder and projector, likewise [int8].")
+        str | None,
+        typer.Option(
+            "--q-vision",
+            rich_help_panel=QUANTIZATION,
+            help="Vision encoder and projector, likewise (int8 unless said).",
+        ),
     ] = None,
     q_method: Annotated[
-        str | None, typer.Option("--q-method", help="gptq or awq (with data), hqq or rtn (without) [gptq].")
+        str | None,
+        typer.Option(
+            "--q-method",
+            rich_help_panel=QUANTIZATION,
+            help="gptq or awq (with data), hqq or rtn (without); gptq below 8 bits unless said.",
+        ),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option("--block-size", help="Weights that share a scale: 16 to 256.")
+        int | None,
+        typer.Option(
+            "--block-size", rich_help_panel=QUANTIZATION, help="Weights that share a scale: 16 to 256."
+        ),
     ] = None,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="With a zero point for each block.")
+        bool,
+        typer.Option("--asymmetric", rich_help_panel=QUANTIZATION, help="With a zero point for each block."),
     ] = False,
     q_keep: Annotated[
         list[str] | None,
-        typer.Option("--q-keep", help='Decoder layers stored otherwise: "layers.0.*=8", "*.down=int8".'),
+        typer.Option(
+            "--q-keep",
+            rich_help_panel=QUANTIZATION,
+            help='Decoder layers stored otherwise: "layers.0.*=8", "*.down=int8".',
+        ),
     ] = None,
     q_search: Annotated[
         float | None,
         typer.Option(
             "--q-search",
             metavar="MB",
+            rich_help_panel=QUANTIZATION,
             help="Spend this much on the language model: layers that suffer most get 8 bits, as measured.",
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help='JSON, a list of {"files": […], "messages": […]}; left out, the set that ships.'),
+        typer.Option(
+            rich_help_panel=QUANTIZATION,
+            help='JSON, a list of {"files": […], "messages": […]}; left out, the set that ships.',
+        ),
     ] = None,
     max_seq_len: Annotated[
-        int | None, typer.Option("--max-seq-len", min=16, help="Longest conversation in tokens [8192].")
+        int | None,
+        typer.Option(
+            "--max-seq-len",
+            min=16,
+            help="Longest conversation in tokens; left out, 8192 for onnx, 2048 for the others.",
+        ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=28, help="Side of the pictures, for families that leave it open.")
     ] = None,
-    opset: Annotated[int, typer.Option(help="Of ONNX, for decoder and embedding.")] = 21,
+    opset: Annotated[int, typer.Option(rich_help_panel=ONNX, help="Of decoder and embedding.")] = 21,
     kv_cache: Annotated[
-        str, typer.Option("--kv-cache", help="float32, or int8: a quarter of the memory, and faster.")
+        str,
+        typer.Option(
+            "--kv-cache",
+            rich_help_panel=ONNX,
+            help="float32, or int8: a quarter of the memory, decodes faster, prefills slower.",
+        ),
     ] = "float32",
     standard_ops: Annotated[
-        bool, typer.Option("--standard-ops", help="ONNX without onnxruntime's own operators.")
+        bool,
+        typer.Option("--standard-ops", rich_help_panel=ONNX, help="Without onnxruntime's own operators."),
     ] = False,
     accuracy_level: Annotated[
-        int, typer.Option(help="Of MatMulNBits: 4 has activations in int8, 1 in float32.")
+        int,
+        typer.Option(rich_help_panel=ONNX, help="Of MatMulNBits: 4 has activations in int8, 1 in float32."),
     ] = 4,
     ort_format: Annotated[
-        bool, typer.Option("--ort-format", help="Also write .ort files, for onnxruntime's minimal builds.")
+        bool,
+        typer.Option(
+            "--ort-format",
+            rich_help_panel=ONNX,
+            help="Also write .ort files, for onnxruntime's minimal builds.",
+        ),
     ] = False,
     minimum_deployment_target: Annotated[
-        str, typer.Option(help="Of Core ML: iOS18 or iOS26, and macOS and the others of the same year.")
+        str,
+        typer.Option(
+            rich_help_panel=COREML, help="iOS18 or iOS26, and macOS and the others of the same year."
+        ),
     ] = "iOS18",
     coreml_layout: Annotated[
-        str, typer.Option(help="Of Core ML: gpu, or ane with convolutions for the Neural Engine.")
+        str, typer.Option(rich_help_panel=COREML, help="gpu, or ane with convolutions for the Neural Engine.")
     ] = "gpu",
     prefill_length: Annotated[
-        int, typer.Option(help="Of Core ML: positions that the decoder takes at once.")
+        int, typer.Option(rich_help_panel=COREML, help="Positions that the decoder takes at once.")
     ] = 64,
     backend: Annotated[
-        str, typer.Option("--backend", help="Of ExecuTorch: xnnpack, or portable (slow).")
+        str, typer.Option("--backend", rich_help_panel=EXECUTORCH, help="xnnpack, or portable (slow).")
     ] = "xnnpack",
     allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="Let ExecuTorch operators run that no backend takes.")
+        bool,
+        typer.Option(
+            "--allow-fallback", rich_help_panel=EXECUTORCH, help="Let operators run that no backend takes."
+        ),
     ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch.")] = True,
     dry_run: Annotated[
@@ -123,8 +178,8 @@ def export(
         raise MobileMMError(f"--kv-cache {kv_cache!r}: choose float32 or int8")
     if kv_cache == "int8" and standard_ops:
         raise MobileMMError("--kv-cache int8 needs onnxruntime's own operators: leave --standard-ops out")
-    if kv_cache == "int8" and "coreml" in names:
-        raise MobileMMError("--kv-cache int8 is for onnx: Core ML keeps states in float16")
+    if kv_cache == "int8" and set(names) - {"onnx"}:
+        raise MobileMMError("--kv-cache int8 is for --target onnx alone")
     if dtype is not None:
         q_llm, q_embed, q_vision = q_llm or dtype, q_embed or dtype, q_vision or dtype
     plan = make_plan(
