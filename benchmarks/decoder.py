@@ -322,6 +322,11 @@ def make_gguf(work: Path) -> Path:
 
 def decoder_bytes(folder: Path) -> int:
     """Bytes that each decoded token reads: the decoder's weights."""
+    from mobilemm.runtime.bundle import open_bundle
+
+    manifest = open_bundle(folder, verify=False).manifest
+    if manifest.target == "executorch":  # one file for all parts; the memory told is twice the decoder's share
+        return manifest.parts["decoder"].peak_memory // 2
     return sum(path.stat().st_size for path in (folder / "parts").glob("decoder.onnx.data"))
 
 

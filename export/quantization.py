@@ -39,12 +39,14 @@ class WeightScheme:
         block_size: columns that share a scale; None is the whole row.
         symmetric: the zero point is 2^(bits-1) everywhere, and not stored.
         method: "rtn" (round to nearest), "hqq", "gptq" or "awq" (see `mobilemm.export.quantizers`).
+        positive: scales of symmetric blocks are above zero, for kernels that take no others.
     """
 
     bits: Bits = 4
     block_size: int | None = 128
     symmetric: bool = True
     method: Method = "rtn"
+    positive: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in get_args(Bits):
@@ -84,11 +86,14 @@ class PartPlan:
         default: the scheme of every layer that no exception names.
         exceptions: (pattern of layer names, scheme), the first that fits decides: `layers.0.*`, `*.down`.
         activations: what the part computes with; "int8" is quantized anew at each run.
+        own_head: a decoder's head is quantized by this plan also where it is the embedding's table: for
+            runtimes that cannot share it.
     """
 
     default: WeightScheme = FLOAT32
     exceptions: tuple[tuple[str, WeightScheme], ...] = ()
     activations: Activations = "float32"
+    own_head: bool = False
 
     def scheme(self, layer: str) -> WeightScheme:
         """The scheme of the layer of this name."""

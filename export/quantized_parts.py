@@ -114,7 +114,7 @@ class QuantizedParts:
         self, part: Part, decoder: Decoder, plan: PartPlan, names: Sequence[str]
     ) -> tuple[Decoder, PartPlan]:
         budget, report = self.options.budget, self.report
-        head = self._table() if decoder.spec.tied else None
+        head = self._table() if decoder.spec.tied and not plan.own_head else None
         data = None
         if budget is not None or any(needs_data(plan.scheme(name)) for name in names):
             data = calibration_embeddings(self.model, self.samples)

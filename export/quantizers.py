@@ -153,9 +153,14 @@ def _blocks(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
 
 def _symmetric(blocks: Tensor, scheme: WeightScheme, search: bool) -> Iterator[Parameters]:
-    """Scales of either sign: codes reach one further below zero than above."""
+    """Scales of either sign, where the scheme allows: codes reach one further below zero than above."""
     half = 2 ** (scheme.bits - 1)
     low, high = blocks.amin(-1), blocks.amax(-1)
+    if scheme.positive:
+        scale = torch.maximum(-low / half, high / (half - 1))
+        for part in RANGES[scheme.bits] if search else (1.0,):
+            yield scale * part, torch.full_like(scale, half)
+        return
     scale = torch.where(high > -low, high, low) / -half
     zero_point = torch.full_like(scale, half)
     for part in RANGES[scheme.bits] if search else (1.0,):

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
-from mobilemm.export.decoder import Decoder
+from mobilemm.export.decoder import Attention, Decoder
 from mobilemm.export.parts import Embed, Part, TokenEmbedding
-from mobilemm.export.quantization import FLOAT32, PARTS, PartPlan, QuantizationPlan, WeightScheme
+from mobilemm.export.quantization import FLOAT32, PARTS, Activations, PartPlan, QuantizationPlan, WeightScheme
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.executorch_lowering import GROUP, DelegatedForms, TextDecoder, express, lower
 from mobilemm.export.targets.executorch_report import MethodReport, delegation
@@ -72,11 +72,8 @@ class ExecutorchTarget:
 
     def __init__(self, options: ExecutorchOptions | None = None) -> None:
         self.options = options or ExecutorchOptions()
-        missing = [name for name in ("executorch", "torchao") if find_spec(name) is None]
-        if missing:
-            raise MobileMMError(
-                f"--target executorch needs {', '.join(missing)}: pip install 'mobilemm[executorch]'"
-            )
+        if find_spec("executorch") is None:
+            raise MobileMMError("--target executorch needs executorch: pip install 'mobilemm[executorch]'")
         self._context = self.default_context  # the decoder, which says it, is written first
         self._programs: dict[str, Any] = {}  # method → program of the edge dialect, lowered
         self._reports: dict[str, MethodReport] = {}
@@ -88,7 +85,7 @@ class ExecutorchTarget:
 
     @property
     def fingerprint(self) -> str:
-        versions = {name: version(name) for name in ("torch", "executorch", "torchao")}
+        versions = {name: version(name) for name in ("torch", "executorch")}
         return f"executorch {self.options} {versions}"
 
     def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
@@ -103,6 +100,8 @@ class ExecutorchTarget:
         """
         method = METHODS[part.name]
         if isinstance(module, Decoder):
+            if any(isinstance(one, Attention) and one.key_scale is not None for one in module.modules()):
+                raise MobileMMError("--kv-cache int8 is not possible with --target executorch: leave it out")
             self._context = module.spec.context_length
         delegated = self.options.backend == "xnnpack"
         lowered, inputs = _method(
@@ -252,11 +251,15 @@ def _stored(part: str, plan: PartPlan) -> PartPlan:
                 f"--target executorch: 4-bit weights share a scale in groups of {GROUP} and its multiples:"
                 f" --block-size {GROUP}"
             )
-        return replace(wanted, block_size=None) if wanted.bits == 8 else wanted
+        return replace(wanted, positive=True, block_size=None if wanted.bits == 8 else wanted.block_size)
 
     default = scheme(plan.default)
     exceptions = tuple((pattern, scheme(wanted)) for pattern, wanted in plan.exceptions)
-    return PartPlan(default, exceptions, "int8" if default.quantized and part != "embed" else "float32")
+    activations: Activations = "int8" if default.quantized and part != "embed" else "float32"
+    if part == "decoder" and default.bits == 4:
+        # Methods share no table: the head is quantized for itself, with the data and in small blocks.
+        exceptions = (*exceptions, ("lm_head", replace(default, block_size=GROUP)))
+    return PartPlan(default, exceptions, activations, own_head=part == "decoder")
 
 
 # --- methods ------------------------------------------------------------------------------------------------

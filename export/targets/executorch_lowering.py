@@ -55,6 +55,10 @@ def _lowered(module: nn.Module, delegated: bool) -> nn.Module | None:
         return LinearResidualNorm(module)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LinearLayerNorm(module)
+    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):  # of transformers
+        norm = RMSNorm(len(module.weight), module.variance_epsilon)
+        norm.weight = module.weight
+        return LinearRMSNorm(norm)
     return None
 
 
@@ -103,6 +107,8 @@ class LinearLayerNorm(nn.Module):
         self.mean = _Mean(norm.normalized_shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous():  # what a layer norm gives always is
+            x = x.contiguous()
         centred = x - self.mean(x)
         normed = centred * torch.rsqrt(self.mean(centred * centred) + self.eps)
         if self.weight is not None:
@@ -192,34 +198,43 @@ def _positive(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 
 class DynamicLinear(nn.Module):
-    """A linear layer over an expressible weight; activations become int8, row by row, at each run."""
+    """A linear layer over an expressible weight; activations become int8, row by row, at each run.
 
+    Written in the operators that XNNPACK's partitioner recognizes.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
     bias: Tensor | None
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
-        from torchao.quantization import IntxUnpackedToInt8Tensor
+        import torch.ao.quantization.fx._decomposed
 
-        codes = _signed(linear.quantized.codes(), linear.bits)
-        if linear.bits == 8:
-            codes = codes[:, : linear.in_features].contiguous()
+        codes, scales = _signed(linear.quantized.codes(), linear.bits), linear.scales
+        self.bits, self.group = linear.bits, codes.shape[1] // scales.shape[1]
+        if self.bits == 8:
+            codes, scales = codes[:, : linear.in_features].contiguous(), scales[:, 0].contiguous()
         self.padding = codes.shape[1] - linear.in_features
-        weight = IntxUnpackedToInt8Tensor(
-            qdata=codes,
-            scale=linear.scales,
-            zero_point=torch.zeros_like(linear.scales, dtype=torch.int8),
-            target_dtype=getattr(torch, f"int{linear.bits}"),
-            block_size=(1, codes.shape[1] // linear.scales.shape[1]),
-            dtype=torch.float32,
-            activation_quantization="int8_asym_per_token",
-        )
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zero_points", torch.zeros_like(scales, dtype=torch.int64))
         self.register_buffer("bias", linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        ops = torch.ops.quantized_decomposed
         if self.padding:
             x = F.pad(x, (0, self.padding))
-        return F.linear(x, self.weight, self.bias)
+        scales, zero_points = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+        x = ops.quantize_per_token(x, scales, zero_points, -128, 127, torch.int8)
+        x = ops.dequantize_per_token(x, scales, zero_points, -128, 127, torch.int8, torch.float32)
+        weight = (self.codes, self.scales, self.zero_points)
+        if self.bits == 4:
+            values = ops.dequantize_per_channel_group(*weight, -8, 7, torch.int8, self.group, torch.float32)
+        else:
+            values = ops.dequantize_per_channel(*weight, 0, -128, 127, torch.int8)
+        return F.linear(x, values, self.bias)
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

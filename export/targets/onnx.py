@@ -110,9 +110,7 @@ class OnnxTarget:
         notes = (f"{part.name} on accelerators: {usability(path)}",) if part.name == "vision" else ()
         return Exported(path.name, tuple(files), inputs, outputs, notes=notes)
 
-    def join(
-        self, exported: Mapping[str, Exported], folder: Path, card: ModelCard
-    ) -> Mapping[str, Exported]:
+    def join(self, exported: Mapping[str, Exported], folder: Path, card: ModelCard) -> Mapping[str, Exported]:
         return exported
 
     def run(self, part: Part, exported: Exported, folder: Path, inputs: Mapping[str, Any]) -> NDArray[Any]:

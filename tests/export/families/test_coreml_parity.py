@@ -14,7 +14,7 @@ from mobilemm.export.targets.coreml import CoreMLOptions, CoreMLTarget
 from mobilemm.export.verify import share_tensors, with_weights
 from mobilemm.runtime.self_check import snr_db
 from mobilemm.runtime.session import rope_positions
-from tests.export.families.test_onnx_parity import EXPORTED, prompt_and_pictures, transformers_logits
+from tests.export.families.parity import EXPORTED, prompt_and_pictures, transformers_logits
 
 pytest.importorskip("coremltools")
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image as PIL
 
 from mobilemm.export.parts import parts_of
 from mobilemm.export.targets.onnx import OnnxOptions, OnnxTarget, cache_names
 from mobilemm.export.verify import with_weights
-from tests.export.families.conftest import CASES
+from tests.export.families.parity import EXPORTED, check, mrope_positions
 
 onnxruntime = pytest.importorskip("onnxruntime")
-
-DECODED = [40, 50, 60, 70]  # said after the prompt, one at a time
-TOLERANCE = 1e-3
 
 
 class Bundle:
@@ -44,7 +38,7 @@ class Bundle:
         past = dict.fromkeys(cache_names(cache.num_layers), empty)
         no_features = np.zeros((0, width), np.float32)
         features = self.run("vision", {"pixels": pictures})[0] if len(pictures) else no_features
-        positions = self.positions(ids[0].tolist(), len(more))
+        positions = mrope_positions(self.split, ids[0].tolist(), len(more))
         made, start = [], 0
         for step in (ids, *(np.array([[token]]) for token in more)):
             end = start + step.shape[1]
@@ -63,31 +57,6 @@ class Bundle:
             features, start = no_features, end
         return made
 
-    def positions(self, ids: list[int], more: int) -> np.ndarray:
-        """M-RoPE's (3, 1, length): text counts on, a picture's tokens have its time, their row and column."""
-        rows, columns = self.split.image.position_grid or (1, 1)
-        found: list[tuple[int, int, int]] = []
-        following = 0
-        pictures = [token == self.split.image_token_id for token in ids] + [False] * more
-        for is_image, run in itertools.groupby(pictures):
-            count = len(list(run))
-            if not is_image:
-                found += [(following + index,) * 3 for index in range(count)]
-                following += count
-                continue
-            for _ in range(count // (rows * columns)):
-                found += [
-                    (following, following + row, following + column)
-                    for row in range(rows)
-                    for column in range(columns)
-                ]
-                following += max(rows, columns)
-        return np.array(found).T[:, None]
-
-
-# Without Idefics3 and the second size of Qwen2.5-VL, whose parts are the same modules.
-EXPORTED = tuple(name for name in CASES if name not in ("idefics3", "qwen2_5_vl_112"))
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXPORTED, indirect=True)
@@ -99,43 +68,3 @@ def test_logits_are_transformers_own(case: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["mobilevlm_v2", "qwen2_5_vl_84"], indirect=True)
 def test_logits_in_standard_operators(case: Any, tmp_path: Path) -> None:
     check(case, Bundle(case.split, tmp_path, OnnxOptions(standard_ops=True)))
-
-
-def check(case: Any, bundle: Bundle) -> None:
-    """Prompts with no, one and two pictures, each with an answer."""
-    for count in (0, 1, 2):
-        inputs, pixels = prompt_and_pictures(case, count)
-        wanted = transformers_logits(case.reference, inputs, DECODED)
-        found = bundle.logits(inputs["input_ids"].numpy(), pixels, DECODED)
-        for one, other in zip(found, wanted, strict=True):
-            assert one.shape == tuple(other.shape)
-            assert float((torch.tensor(one) - other).abs().max()) <= TOLERANCE
-        # The logits are no constants, and the last picture is seen.
-        if count:
-            changed = np.concatenate([pixels[:-1], 255 - pixels[-1:]])
-            seen = bundle.logits(inputs["input_ids"].numpy(), changed, DECODED)
-            assert float(np.abs(seen[-1] - found[-1]).max()) > 10 * TOLERANCE
-
-
-def prompt_and_pictures(case: Any, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """transformers' inputs for a prompt with up to two pictures, and their pixels."""
-    image, processor = case.split.image, case.split.processor
-    noise = np.random.default_rng(0).integers(0, 256, (2, image.height, image.width, 3), np.uint8)
-    text = f"What{processor.image_token * (count > 0)} is{processor.image_token * (count > 1)} this?"
-    # Of the tile's own size: how pictures come to it is tested elsewhere.
-    pictures = {"images": [PIL.fromarray(one) for one in noise[:count]]} if count else {}
-    inputs = dict(processor(text=[text], return_tensors="pt", **pictures))
-    return inputs, noise[:count].transpose(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def transformers_logits(model: Any, inputs: dict[str, Any], more: list[int]) -> list[torch.Tensor]:
-    """Of the prompt, and of each further token with the cache."""
-    if model.config.model_type == "qwen2_5_vl":
-        model.model.rope_deltas = None  # what it keeps of the last prompt
-    out = model(**inputs, use_cache=True)
-    made = [out.logits]
-    for token in more:
-        out = model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values)
-        made.append(out.logits)
-    return made

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import ResidualNorm, RMSNorm
@@ -55,7 +56,10 @@ def test_functions_are_the_same_in_other_forms(compute: Any) -> None:
     torch.testing.assert_close(found, compute(x), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(24, 1e-6), nn.LayerNorm(24, bias=False), RMSNorm(24, 1e-5)])
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(24, 1e-6), nn.LayerNorm(24, bias=False), RMSNorm(24, 1e-5), LlamaRMSNorm(24, 1e-5)],
+)
 def test_norms_are_the_same_in_other_forms(norm: nn.Module) -> None:
     for parameter in norm.parameters():
         nn.init.uniform_(parameter.requires_grad_(False), 0.5, 2)
@@ -63,6 +67,8 @@ def test_norms_are_the_same_in_other_forms(norm: nn.Module) -> None:
     lowered = lower(nn.Sequential(norm), delegated=True)
     assert type(lowered[0]) is not type(norm)
     torch.testing.assert_close(lowered(x), norm(x), atol=1e-5, rtol=1e-5)
+    if isinstance(norm, nn.LayerNorm):  # whose output what follows may view in other shapes
+        assert lowered(x.transpose(0, 1)).is_contiguous()
 
 
 def test_residual_norm_is_the_same_in_another_form() -> None:
