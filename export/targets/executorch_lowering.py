@@ -50,15 +50,15 @@ def _lowered(module: nn.Module, delegated: bool) -> nn.Module | None:
         module.qkv = Heads(module.qkv, module.attention)  # type: ignore[assignment]
         return None
     if isinstance(module, RMSNorm):
-        return LinearRMSNorm(module)
+        return LinearRMSNorm(module.weight, module.eps)
     if isinstance(module, ResidualNorm):
-        return LinearResidualNorm(module)
+        return LinearResidualNorm(module.weight, module.eps)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LinearLayerNorm(module)
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):  # of transformers
-        norm = RMSNorm(len(module.weight), module.variance_epsilon)
-        norm.weight = module.weight
-        return LinearRMSNorm(norm)
+    eps = getattr(module, "variance_epsilon", None)  # of transformers' many classes of this make
+    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
+        assert isinstance(module.weight, Tensor)
+        return LinearRMSNorm(module.weight, eps)
     return None
 
 
@@ -81,10 +81,12 @@ class _Mean(nn.Module):
 class LinearRMSNorm(nn.Module):
     """`RMSNorm`, its mean a matrix product."""
 
-    def __init__(self, norm: RMSNorm | ResidualNorm) -> None:
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
-        self.mean = _Mean(len(norm.weight))
+        self.weight, self.eps = weight, eps
+        self.mean = _Mean(len(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(self.mean(x * x) + self.eps) * self.weight

@@ -25,7 +25,7 @@ def test_help_names_every_flag(run: Run) -> None:
         *("--target", "--output", "--force", "--dtype", "--q-llm", "--q-embed", "--q-vision", "--q-method"),
         *("--block-size", "--asymmetric", "--q-keep", "--q-search", "--calibration", "--max-seq-len"),
         *("--image-size", "--opset", "--kv-cache", "--standard-ops", "--accuracy-level", "--ort-format"),
-        *("--no-verify", "--dry-run"),
+        *("--backend", "--allow-fallback", "--no-verify", "--dry-run"),
     ):
         assert flag in ended.stdout, flag
 
@@ -47,6 +47,10 @@ def test_help_names_every_flag(run: Run) -> None:
         (["--max-seq-len", "40"], "--max-seq-len 40: one picture, a question and an answer take"),
         (["--kv-cache", "int4"], "--kv-cache 'int4': choose float32 or int8"),
         (["--kv-cache", "int8", "--standard-ops"], "leave --standard-ops out"),
+        (["-t", "executorch", "--backend", "qnn"], "--backend 'qnn': choose xnnpack or portable"),
+        (["-t", "executorch", "--asymmetric"], "--target executorch: linear layers have no zero points"),
+        (["-t", "executorch", "--block-size", "16"], "--block-size 32"),
+        (["-t", "executorch", "--q-vision", "int6"], "'vision' in int6 is not possible; choose int4 or int8"),
         (["-t", "onnx", "-t", "coreml"], "with several targets leave -o out"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,

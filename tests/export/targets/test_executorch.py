@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,32 @@ def test_delegation_is_told(in_executorch: Bundle) -> None:
     # In front of the first attention, between it and the second, behind that, and the head.
     assert decoder["delegates"] == 4
     assert report["vision_encoder"]["backends"]["XnnpackBackend"]["flops"] > 1e6
+
+
+def test_delegation_is_what_is_executed(in_executorch: Bundle, tmp_path: Path) -> None:
+    """By the runtime's own profile of one step."""
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
+    from executorch.devtools import Inspector
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(
+        in_executorch.part_path("decoder"), enable_etdump=True, debug_buffer_size=2**20
+    )
+    hidden = in_executorch.manifest.model.hidden_size
+    program.load_method("text_decoder").execute([torch.zeros(1, 1, hidden), torch.tensor([0])])
+    program.write_etdump_result_to_file(str(tmp_path / "etdump"), str(tmp_path / "debug"))
+    events = Counter(Inspector(etdump_path=str(tmp_path / "etdump")).to_dataframe().event_name)
+    report = json.loads((in_executorch.folder / "parts" / "delegation.json").read_text())["text_decoder"]
+    assert events["DELEGATE_CALL"] == report["delegates"]
+    calls: Counter[str] = Counter()
+    for event, count in events.items():
+        if event.startswith(("native_call_", "llama::")):
+            name = event.removeprefix("llama::").removeprefix("native_call_").partition(".")[0]
+            calls[name] += count
+    assert calls == {name.partition(".")[2]: one["count"] for name, one in report["portable"].items()}
+    # Seven products of two layers, queries, keys and values apart, and the head: all of them in 4 bits.
+    quantized = sum(count for event, count in events.items() if "QB4W" in event)
+    assert quantized == 2 * 7 + 1
 
 
 def test_vision_features_are_those_of_the_checkpoint(in_executorch: Bundle) -> None:
