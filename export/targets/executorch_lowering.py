@@ -55,6 +55,8 @@ def _lowered(module: nn.Module, delegated: bool) -> nn.Module | None:
         return LinearResidualNorm(module.weight, module.eps)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LinearLayerNorm(module)
+    if isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm2d":  # timm's, over channels
+        return ChannelLayerNorm(module)
     eps = getattr(module, "variance_epsilon", None)  # of transformers' many classes of this make
     if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
         assert isinstance(module.weight, Tensor)
@@ -116,6 +118,13 @@ class LinearLayerNorm(nn.Module):
         if self.weight is not None:
             normed = normed * self.weight
         return normed if self.bias is None else normed + self.bias
+
+
+class ChannelLayerNorm(LinearLayerNorm):
+    """The same over the channels of (batch, channels, height, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 # --- quantized layers ---------------------------------------------------------------------------------------

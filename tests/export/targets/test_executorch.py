@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from tokenizers import Tokenizer
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -70,6 +71,13 @@ def test_norms_are_the_same_in_other_forms(norm: nn.Module) -> None:
     torch.testing.assert_close(lowered(x), norm(x), atol=1e-5, rtol=1e-5)
     if isinstance(norm, nn.LayerNorm):  # whose output what follows may view in other shapes
         assert lowered(x.transpose(0, 1)).is_contiguous()
+
+
+def test_norm_over_channels_is_the_same_in_another_form() -> None:
+    norm = LayerNorm2d(24)
+    nn.init.uniform_(norm.weight.requires_grad_(False), 0.5, 2)
+    x = torch.randn(2, 24, 3, 5) + 3
+    torch.testing.assert_close(lower(nn.Sequential(norm), delegated=True)(x), norm(x), atol=1e-5, rtol=1e-5)
 
 
 def test_residual_norm_is_the_same_in_another_form() -> None:
