@@ -58,7 +58,7 @@ class Handler:
 
     Attributes:
         exact: its outputs are elements of its inputs or small integers, so that nothing is left to round.
-        view: its outputs may share memory with its first argument.
+        view: its outputs may share memory with its arguments.
     """
 
     function: Callable[..., Any]
@@ -70,8 +70,8 @@ class Handler:
 _HANDLERS: dict[str, Handler] = {}
 
 
-def op(*names: str, exact: bool = False, view: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function for MIL's operations of these names."""
+def op(*names: str, exact: bool | None = None, view: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function for MIL's operations of these names; views are exact unless `exact` says no."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         parameters = {
@@ -81,7 +81,7 @@ def op(*names: str, exact: bool = False, view: bool = False) -> Callable[[Callab
             for name, parameter in inspect.signature(function).parameters.items()
         }
         for name in names:
-            _HANDLERS[name] = Handler(function, parameters, exact or view, view)
+            _HANDLERS[name] = Handler(function, parameters, view if exact is None else exact, view)
         return function
 
     return register

@@ -36,7 +36,8 @@ def einsum(values: list[Tensor], equation: str) -> Tensor:
         for label, size in zip(labels, value.shape, strict=True)
     }
     check_elements(*(sizes[label] for label in output))
-    return torch.einsum(equation, *values)
+    product = torch.einsum(equation, *values)
+    return product.clone() if len(values) == 1 else product  # which may be a view
 
 
 @op("scaled_dot_product_attention")

@@ -128,7 +128,7 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cond, a, b)
 
 
-@op("cast")
+@op("cast", exact=False, view=True)
 def cast(x: Tensor, dtype: str) -> Tensor:
     """Towards zero from numbers to integers; whatever is not 0 is true."""
     if dtype == "bool":

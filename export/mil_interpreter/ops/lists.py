@@ -30,12 +30,12 @@ def list_length(ls: TensorList) -> Tensor:
     return torch.tensor(len(ls), dtype=torch.int32)
 
 
-@op("list_read", exact=True)
+@op("list_read", view=True)
 def list_read(ls: TensorList, index: int) -> Tensor:
     return ls[index]
 
 
-@op("list_write", exact=True)
+@op("list_write", view=True)
 def list_write(ls: TensorList, index: int, value: Tensor) -> TensorList:
     return list_scatter(ls, [index], value[None])
 
@@ -45,7 +45,7 @@ def list_gather(ls: TensorList, indices: list[int]) -> Tensor:
     return torch.stack([ls[index] for index in indices])
 
 
-@op("list_scatter", exact=True)
+@op("list_scatter", view=True)
 def list_scatter(ls: TensorList, indices: list[int], value: Tensor) -> TensorList:
     """Writes behind the end lengthen the list."""
     if len(indices) != len(value):

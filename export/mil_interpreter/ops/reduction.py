@@ -12,7 +12,7 @@ from mobilemm.export.mil_interpreter.ops import op
 def _reduction(name: str, function: Callable[[Tensor, list[int], bool], Tensor], exact: bool = False) -> None:
     def handler(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
         every = list(range(x.dim())) if axes is None else axes
-        return function(x, every, keep_dims) if every else x
+        return function(x, every, keep_dims) if every else x.clone()
 
     op(name, exact=exact)(handler)
 

@@ -180,24 +180,24 @@ def non_zero(x: Tensor) -> Tensor:
     return x.nonzero()
 
 
-@op("band_part", exact=True)
+@op("band_part", view=True)
 def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
     """Zeros outside of `lower` diagonals below and `upper` above the main one; −1 keeps them all."""
     x = x if lower < 0 else x.triu(-lower)
     return x if upper < 0 else x.tril(upper)
 
 
-@op("pixel_shuffle", exact=True)
+@op("pixel_shuffle", view=True)
 def pixel_shuffle(x: Tensor, upscale_factor: int) -> Tensor:
     return F.pixel_shuffle(x, upscale_factor)
 
 
-@op("pixel_unshuffle", exact=True)
+@op("pixel_unshuffle", view=True)
 def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
     return F.pixel_unshuffle(x, downscale_factor)
 
 
-@op("depth_to_space", exact=True)
+@op("depth_to_space", view=True)
 def depth_to_space(x: Tensor, block_size: int) -> Tensor:
     """Channels (block row, block column, depth) to pixels, the blocks' order being the outer one."""
     batch, channels, height, width = x.shape
@@ -205,7 +205,7 @@ def depth_to_space(x: Tensor, block_size: int) -> Tensor:
     return x.permute(0, 3, 4, 1, 5, 2).reshape(batch, -1, height * block_size, width * block_size)
 
 
-@op("space_to_depth", exact=True)
+@op("space_to_depth", view=True)
 def space_to_depth(x: Tensor, block_size: int) -> Tensor:
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, height // block_size, block_size, width // block_size, block_size)
@@ -224,7 +224,7 @@ def space_to_batch(x: Tensor, block_shape: list[int], paddings: Tensor) -> Tenso
     return x.permute(3, 5, 0, 1, 2, 4).reshape(-1, channels, height, width)
 
 
-@op("batch_to_space", exact=True)
+@op("batch_to_space", view=True)
 def batch_to_space(x: Tensor, block_shape: list[int], crops: Tensor) -> Tensor:
     (top, bottom), (left, right) = crops.tolist()
     rows, columns = block_shape
@@ -240,4 +240,4 @@ def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
     axis %= x.dim()
     windows = x.unfold(axis, size, stride)
     check_elements(windows.numel())
-    return windows.movedim(-1, axis + 1).contiguous()
+    return windows.movedim(-1, axis + 1).clone(memory_format=torch.contiguous_format)

@@ -15,7 +15,6 @@ import numpy as np
 from tests.export.mil_interpreter.programs import ct
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Number: TypeAlias = "Callable[[Any], Any]"
 
 
 @dataclass(frozen=True)

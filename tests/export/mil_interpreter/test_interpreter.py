@@ -62,10 +62,13 @@ def test_an_earlier_value_of_a_state_is_not_changed_by_an_update(tmp_path: Path)
     def build(value, memory):  # type: ignore[no-untyped-def]
         before = mb.read_state(input=memory)
         row = mb.slice_by_index(x=before, begin=[1, 0], end=[2, 3], name="row_before")
+        ls = mb.make_list(init_length=1, elem_shape=(1, 3), dtype="fp16", dynamic_length=True)
+        ls = mb.list_write(ls=ls, index=0, value=mb.cast(x=mb.cast(x=row, dtype="fp32"), dtype="fp16"))
         changed = mb.slice_update(x=before, update=value, begin=[1, 0], end=[2, 3])
         mb.coreml_update_state(state=memory, value=changed)
+        wide = mb.list_read(ls=ls, index=0)
         after = mb.read_state(input=memory)
-        return mb.sub(x=after, y=row, name="change"), mb.identity(x=row, name="kept")
+        return mb.sub(x=after, y=wide, name="change"), mb.identity(x=row, name="kept")
 
     path = save_program(
         tmp_path / "m.mlpackage", build, {"value": np.zeros((1, 3), np.float16)}, {"memory": (2, 3)}
