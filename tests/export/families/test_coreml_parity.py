@@ -19,8 +19,12 @@ from tests.export.families.parity import EXPORTED, prompt_and_pictures, transfor
 pytest.importorskip("coremltools")
 
 
+# LLaVA's parts as transformers has them are those of the original.
+FAMILIES = tuple(name for name in EXPORTED if name not in ("llava_hf", "llava_transformers"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", EXPORTED, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES, indirect=True)
 def test_logits_are_transformers_own(case: Any, tmp_path: Path) -> None:
     check(case, CoreMLOptions(prefill=16), tmp_path)
 
@@ -54,7 +58,6 @@ def check(case: Any, options: CoreMLOptions, folder: Path) -> None:
         more["position_ids"] = np.ascontiguousarray(positions).reshape(3, 1, -1)
     found = run("decoder", inputs_embeds=embeds, **more)
     reference = case.features(torch.from_numpy(normalized(split, pixels)))
-    print(snr_db(features, reference.flatten(0, 1).numpy()), snr_db(found, wanted.numpy()))
     assert snr_db(features, reference.flatten(0, 1).numpy()) > 45
     assert snr_db(found, wanted.numpy()) > 35
 

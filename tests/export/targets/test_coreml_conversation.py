@@ -92,7 +92,6 @@ def test_pictures_and_many_words_in_one_conversation(decoder: Decoder, layout: A
     assert cosine(found, wanted) >= 0.999
     assert min(cosine(one, other) for one, other in zip(found, wanted, strict=True)) >= 0.999
     agreed = float((found.argmax(-1) == wanted.argmax(-1)).mean())
-    print(layout, agreed, cosine(found, wanted))
     assert agreed >= 0.99
 
 
