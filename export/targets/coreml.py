@@ -184,7 +184,7 @@ class CoreMLTarget:
             ct.utils.save_multifunction(descriptor, str(package))
 
     def _write_embedding(self, module: nn.Module, package: Path) -> None:
-        embedding = lower(share_tensors(TokenEmbedding(module))).half().eval()  # type: ignore[arg-type]
+        embedding = lower(share_tensors(TokenEmbedding(module))).eval()  # type: ignore[arg-type]
         ids = _Input((1, None), torch.int32)
         self._convert(embedding, {"input_ids": ids}, ["inputs_embeds"], package)
 

@@ -18,6 +18,7 @@ from mobilemm.export.decoder import (
     Rotary,
     rotate,
 )
+from mobilemm.export.parts import TokenEmbedding
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
 from mobilemm.export.targets.coreml_weights import StoredEmbedding, StoredLinear, Weight, weight_of
 
@@ -34,17 +35,17 @@ STATE_ALIGNMENT = 32
 def lower(module: nn.Module, layout: Layout = "gpu", prefix: str = "") -> nn.Module:
     """Puts what Core ML stores and computes in the places of quantized layers and norms; gives the module.
 
-    Of a `Decoder` every linear layer is replaced, of other modules those that are quantized: float32 ones are
-    converted by coremltools.
+    Of a `Decoder`, and for the Neural Engine, every linear layer is replaced; else those that are quantized.
     """
-    decoder = isinstance(module, (Decoder, DecoderLayer))
+    decoder, table = isinstance(module, (Decoder, DecoderLayer)), isinstance(module, TokenEmbedding)
+    every = decoder or layout == "ane"
     for name, child in list(module.named_children()):
         path = f"{prefix}{name}"
-        if isinstance(child, QuantizedLinear) or (decoder and isinstance(child, nn.Linear)):
+        if isinstance(child, QuantizedLinear) or (every and type(child) is nn.Linear):
             channels_first = decoder and layout == "ane"
             linear = StoredLinear(weight_of(path, child), channels_first)
             setattr(module, name, _Transposed(linear) if layout == "ane" and not decoder else linear)
-        elif isinstance(child, QuantizedEmbedding):
+        elif isinstance(child, QuantizedEmbedding) or (table and isinstance(child, nn.Embedding)):
             setattr(module, name, StoredEmbedding(weight_of(path, child)))
         elif isinstance(child, ResidualNorm):
             setattr(module, name, _ResidualNorm(child, layout))

@@ -151,7 +151,7 @@ def blocks_of(weight: QuantizedWeight) -> Blocks:
 def _operators() -> Any:
     """The operators, defined and known to coremltools from the first use on."""
     library = torch.library.Library(NAMESPACE, "DEF")
-    _operators_keep.append(library)
+    _LIBRARIES.append(library)
     for name, outcome, convert in (
         ("linear", _linear_shape, _convert_linear),
         ("pointwise", _pointwise_shape, _convert_pointwise),
@@ -163,7 +163,8 @@ def _operators() -> Any:
     return getattr(torch.ops, NAMESPACE)
 
 
-_operators_keep: list[torch.library.Library] = []
+# An operator is there as long as its library.
+_LIBRARIES: list[torch.library.Library] = []
 
 
 def _linear_shape(x: Tensor, number: int, size: int) -> Tensor:
