@@ -325,7 +325,8 @@ def decoder_bytes(folder: Path) -> int:
     from mobilemm.runtime.bundle import open_bundle
 
     manifest = open_bundle(folder, verify=False).manifest
-    if manifest.target == "executorch":  # one file for all parts; the memory told is twice the decoder's share
+    # All parts are one file there; the memory that is told is twice the part's own.
+    if manifest.target == "executorch":
         return manifest.parts["decoder"].peak_memory // 2
     return sum(path.stat().st_size for path in (folder / "parts").glob("decoder.onnx.data"))
 

@@ -46,6 +46,10 @@ BOOKKEEPING = re.compile(
 )
 
 
+# ExecuTorch's plain kernels, and those that it has for language models, which are fast.
+OUTSIDE = ("portable", "llm kernels")
+
+
 @dataclass
 class Share:
     """Operators, and floating-point operations (two for a multiplication and an addition), of one backend."""
@@ -59,8 +63,8 @@ class MethodReport:
     """Where one method's operators run.
 
     Attributes:
-        backends: name of a delegate, or "portable" for ExecuTorch's own kernels → its share. With a dynamic
-            length, operations are those of the example's length.
+        backends: name of a delegate, or of OUTSIDE, → its share. With a dynamic length, operations are those
+            of the example's length.
         delegates: separate graphs that are handed over.
         fallbacks: operators outside of any backend → how often.
         unexpected: those of them that a backend should have taken.
@@ -104,7 +108,7 @@ def delegation(program: Any) -> MethodReport:
         share = report.backends.setdefault(backend, Share())
         share.operators += 1
         share.flops += flops(node)
-        if backend == "portable":
+        if backend in OUTSIDE:
             report.fallbacks[operator_name(node)] += 1
     report.unexpected = tuple(sorted(name for name in report.fallbacks if name not in EXPECTED))
     return report
@@ -119,7 +123,7 @@ def _operators(module: Any, report: MethodReport) -> Iterator[tuple[str, Any]]:
                 if inner.op == "call_function" and not _is_bookkeeping(inner):
                     yield lowered.backend_id, inner
         elif node.op == "call_function" and not _is_bookkeeping(node):
-            yield "portable", node
+            yield OUTSIDE[operator_name(node).startswith("llama.")], node
 
 
 def _is_bookkeeping(node: Any) -> bool:

@@ -256,6 +256,8 @@ def test_delegation_is_told(in_executorch: Bundle) -> None:
         "aten.slice_copy",
         "aten.select_copy",
     }
+    assert decoder["backends"].keys() == {"XnnpackBackend", "llm kernels", "portable"}
+    assert decoder["backends"]["llm kernels"]["operators"] == 6
     # In front of the first attention, between it and the second, behind that, and the head.
     assert decoder["delegates"] == 4
     assert report["vision_encoder"]["backends"]["XnnpackBackend"]["flops"] > 1e6
