@@ -179,7 +179,11 @@ class CoreMLDecoder:
 
 
 class _InterpretedPackage:
-    """On the reference interpreter, in the program's own precision."""
+    """On the reference interpreter, in the program's own precision.
+
+    Unless a number of threads is asked for, `decode` runs on one: hundreds of small operations that wait for
+    memory gain little from more, and lose much where other processes have the cores.
+    """
 
     def __init__(self, path: Path, threads: int | None) -> None:
         try:
@@ -190,8 +194,7 @@ class _InterpretedPackage:
             raise MobileMMError(
                 "running a Core ML bundle here needs torch: pip install 'mobilemm[coreml]'"
             ) from error
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self.torch, self.threads = torch, threads
         self.model = mil_interpreter.load(path)
 
     def shape(self, function: str | None, name: str) -> tuple[tuple[int, int | None], ...]:
@@ -203,7 +206,12 @@ class _InterpretedPackage:
         raise KeyError(name)
 
     def run(self, inputs: Mapping[str, Array], function: str | None, state: Any) -> dict[str, Array]:
-        return self.model(inputs, function, state)
+        before = self.torch.get_num_threads()
+        self.torch.set_num_threads(self.threads or (1 if function == DECODE else before))
+        try:
+            return self.model(inputs, function, state)
+        finally:
+            self.torch.set_num_threads(before)
 
     def make_state(self) -> Any:
         return self.model.make_state()
