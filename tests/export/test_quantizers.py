@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +260,20 @@ def test_the_weight_is_left_alone() -> None:
     hqq(weight, WeightScheme(4, 128, False))
     gptq(weight, torch.eye(160), WeightScheme(4, 128, False))
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_above_zero_where_kernels_take_no_others(bits: Literal[4, 8], search: bool) -> None:
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    free, bound = (
+        round_to_nearest(weight, WeightScheme(bits, 32, positive=positive), search=search)
+        for positive in (False, True)
+    )
+    assert (free.scales < 0).any()
+    assert (bound.scales > 0).all()
+    # Half a step at most from each weight, since without a search no weight is cut off.
+    error = (bound.dequantize() - weight).abs().unflatten(1, (-1, 32))
+    if not search:
+        assert (error <= bound.scales[..., None] * 0.501).all()
+    assert error.square().sum() < 1.6 * (free.dequantize() - weight).square().sum()
