@@ -168,7 +168,7 @@ class _Reader:
             raise self.error("its block has inputs of its own")
         self.count(len(function.inputs))
         inputs = tuple(
-            (value.name, self.type(value.type, f"input {value.name}")) for value in function.inputs
+            (value.name, self.type(value.type, f"input {shown(value.name)}")) for value in function.inputs
         )
         for name, kind in inputs:
             if isinstance(kind, ListType):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mobilemm.export import mil_interpreter
-from mobilemm.export.mil_interpreter.compiler import states_updated_in_place
+from mobilemm.export.mil_interpreter.in_place import states_updated_in_place
 from mobilemm.export.mil_interpreter.ops import handlers
 from tests.export.mil_interpreter.programs import mb, save_program
 
