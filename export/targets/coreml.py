@@ -26,6 +26,7 @@ from torch import nn
 
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.export.decoder import Decoder
+from mobilemm.export.memory import release
 from mobilemm.export.parts import Part, TokenEmbedding
 from mobilemm.export.quantization import PARTS, PartPlan, QuantizationPlan, WeightScheme
 from mobilemm.export.targets import Exported
@@ -35,6 +36,7 @@ from mobilemm.export.targets.coreml_conversion import (
     keeps_float32,
     unchecked_passes,
 )
+from mobilemm.export.targets.coreml_functions import merge
 from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, STATES, DecoderStep, Layout, lower
 from mobilemm.export.targets.coreml_package import describe, require_states, signature
 from mobilemm.export.verify import share_tensors
@@ -157,14 +159,12 @@ class CoreMLTarget:
 
     def _write_decoder(self, module: nn.Module, package: Path) -> None:
         """Both functions converted by themselves, then made one package."""
-        import coremltools as ct
-
         assert isinstance(module, Decoder)
         spec = module.spec
         buffer = max(-(-spec.context_length // STATE_ALIGNMENT) * STATE_ALIGNMENT, self.options.prefill)
         lowered = lower(share_tensors(module), self.options.layout)
         assert isinstance(lowered, Decoder)
-        descriptor = ct.utils.MultiFunctionDescriptor()
+        packages: dict[str, Path] = {}
         with tempfile.TemporaryDirectory(dir=package.parent, prefix=".coreml-") as work:
             for function, length in (("prefill", self.options.prefill), ("decode", 1)):
                 step = DecoderStep(lowered, length, buffer, self.options.layout).half().eval()
@@ -179,9 +179,10 @@ class CoreMLTarget:
                     step, {name: known[name] for name in step.input_names}, ["logits"], single, STATES
                 )
                 require_states(single, spec.num_layers)
-                descriptor.add_function(str(single), "main", function)
-            descriptor.default_function_name = "decode"
-            ct.utils.save_multifunction(descriptor, str(package))
+                packages[function] = single
+                del step
+                release()
+            merge(packages, "decode", package)
 
     def _write_embedding(self, module: nn.Module, package: Path) -> None:
         embedding = lower(share_tensors(TokenEmbedding(module))).eval()  # type: ignore[arg-type]
