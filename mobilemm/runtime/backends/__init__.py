@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from mobilemm.errors import MobileMMError
-
 if TYPE_CHECKING:
     from mobilemm.runtime.bundle import Bundle
 
@@ -61,7 +59,7 @@ class Backend(Protocol):
 def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
     """What runs this bundle on this computer; `threads` left out, as many as there are cores.
 
-    Raises MobileMMError when nothing here does, or its package is missing or too old.
+    Raises MobileMMError when its package is missing or too old.
     """
     target = bundle.manifest.target
     if target == "onnx":
@@ -72,10 +70,6 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
         from mobilemm.runtime.backends.coreml import CoreMLBackend
 
         return CoreMLBackend(bundle, threads)
-    if target == "executorch":
-        from mobilemm.runtime.backends.executorch import ExecutorchBackend
+    from mobilemm.runtime.backends.executorch import ExecutorchBackend
 
-        return ExecutorchBackend(bundle, threads)
-    raise MobileMMError(
-        f"{bundle.folder}: a bundle for {target} does not run on this computer; export one with --target onnx"
-    )
+    return ExecutorchBackend(bundle, threads)

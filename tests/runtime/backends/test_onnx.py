@@ -200,8 +200,3 @@ def test_a_runtime_that_is_missing(bundle: Bundle, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MobileMMError, match=r"needs onnxruntime: pip install 'mobilemm\[onnx\]'"):
         open_backend(bundle)
-
-
-def test_a_target_that_does_not_run_here(bundle: Bundle) -> None:
-    with pytest.raises(MobileMMError, match="a bundle for coreml does not run on this computer"):
-        open_backend(changed(bundle, target="coreml"))
