@@ -6,6 +6,7 @@ update of a state is made in the state itself where nobody can tell.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -85,15 +86,16 @@ class Program:
             run.free(step.frees)
 
 
-class Step:
+class Step(ABC):
     """One operation; subclasses run it."""
 
     def __init__(self, location: str) -> None:
         self.location = location
         self.frees: list[int] = []
 
+    @abstractmethod
     def run(self, run: Run) -> None:
-        raise NotImplementedError
+        """Takes what it needs from the run's values, and puts its results there."""
 
 
 class Call(Step):

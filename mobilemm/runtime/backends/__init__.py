@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
+from mobilemm.errors import MobileMMError
+
 if TYPE_CHECKING:
     from mobilemm.runtime.bundle import Bundle
 
@@ -73,3 +75,9 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
     from mobilemm.runtime.backends.executorch import ExecutorchBackend
 
     return ExecutorchBackend(bundle, threads)
+
+
+def refuse_overflow(total: int, context_length: int) -> None:
+    """Raises MobileMMError when a cache of `total` positions would be longer than the model's context."""
+    if total > context_length:
+        raise MobileMMError(f"{total} positions are more than this model's context of {context_length}")

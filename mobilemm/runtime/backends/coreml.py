@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mobilemm.errors import MobileMMError, one_line
-from mobilemm.runtime.backends import Array
+from mobilemm.runtime.backends import Array, refuse_overflow
 from mobilemm.runtime.embedding import embed_with_images
 
 if TYPE_CHECKING:
@@ -132,10 +132,7 @@ class CoreMLDecoder:
     ) -> Array:
         count = inputs_embeds.shape[1]
         total = self._length + count
-        if total > self.context_length:
-            raise MobileMMError(
-                f"{total} positions are more than this model's context of {self.context_length}"
-            )
+        refuse_overflow(total, self.context_length)
         if position_ids is None and self._rope:
             position_ids = np.broadcast_to(np.arange(self._length, total), (3, 1, count))
         wanted = [count - 1] if logits_positions is None else [int(i) % count for i in logits_positions]

@@ -14,7 +14,7 @@ import numpy as np
 from packaging.version import Version
 
 from mobilemm.errors import MobileMMError, one_line
-from mobilemm.runtime.backends import Array
+from mobilemm.runtime.backends import Array, refuse_overflow
 from mobilemm.runtime.embedding import embed_with_images
 from mobilemm.runtime.executorch_check import METHODS
 
@@ -136,10 +136,7 @@ class ExecutorchDecoder:
     ) -> Array:
         count = inputs_embeds.shape[1]
         total = self._length + count
-        if total > self.context_length:
-            raise MobileMMError(
-                f"{total} positions are more than this model's context of {self.context_length}"
-            )
+        refuse_overflow(total, self.context_length)
         if self.takes_positions and position_ids is None:
             position_ids = np.broadcast_to(np.arange(self._length, total), (3, 1, count))
         wanted = np.array([-1] if logits_positions is None else logits_positions)

@@ -11,7 +11,7 @@ import numpy as np
 from packaging.version import Version
 
 from mobilemm.errors import MobileMMError, one_line
-from mobilemm.runtime.backends import Array
+from mobilemm.runtime.backends import Array, refuse_overflow
 
 if TYPE_CHECKING:
     from mobilemm.runtime.bundle import Bundle
@@ -151,10 +151,7 @@ class OnnxDecoder:
         self, inputs_embeds: Array, position_ids: Array | None = None, logits_positions: Array | None = None
     ) -> Array:
         total = self._length + inputs_embeds.shape[1]
-        if total > self.context_length:
-            raise MobileMMError(
-                f"{total} positions are more than this model's context of {self.context_length}"
-            )
+        refuse_overflow(total, self.context_length)
         self._reserve(total)
         binding = self._binding
         # Arrays that are bound must live until the run is over.
