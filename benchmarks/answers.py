@@ -3,7 +3,8 @@
     python benchmarks/answers.py BUNDLE… [--model CHECKPOINT] [--pairs data/pairs] [--items 200]
 
 Answers: greedy, about 100 pictures (held-out ones of the tests, docs/drawings, and drawings made here); the
-share whose tokens are all those of PyTorch's `generate`. Of a bundle in fp32 it must be every one.
+share whose tokens are all those of PyTorch's `generate`. Of a bundle in fp32 it must be every one. Where an
+answer first differs, it is told by how many nats PyTorch preferred its own token: little is a near-tie.
 
 Score: the right caption among 4 by least loss per token, as the tests measure the default model: on the
 held-out pictures, and with --pairs on the validation split of `scripts/fetch_pairs.py`, --items of them. The
@@ -107,15 +108,32 @@ class PyTorch:
         self.model, self.processor = mobilemm.load(source, dtype="float32")
         self.loss = CaptionLoss(self.model, self.processor)
 
-    def answer(self, picture: Picture) -> list[int]:
-        """Ids of the greedy answer, without the end token."""
+    def _inputs(self, picture: Picture) -> Any:
         content: list[dict[str, Any]] = [
             {"type": "image", "image": picture if isinstance(picture, Image.Image) else str(picture)},
             {"type": "text", "text": QUESTION},
         ]
-        inputs = self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
+
+    def margin(self, picture: Picture, own: list[int], other: list[int]) -> float:
+        """By how many nats the own answer's token is likelier, where the two first differ."""
+        end = self.model.generation_config.eos_token_id
+        stop = end[0] if isinstance(end, list) else end
+        pairs = enumerate(zip([*own, stop], [*other, stop], strict=False))
+        place, (wanted, found) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+        inputs = self._inputs(picture)
+        begun = self.torch.tensor([own[:place]], dtype=self.torch.long)
+        for name, filling in (("input_ids", begun), ("attention_mask", self.torch.ones_like(begun))):
+            inputs[name] = self.torch.cat([inputs[name], filling], 1)
+        with self.torch.inference_mode():
+            logits = self.model(**inputs).logits[0, -1].float()
+        return float(logits[wanted] - logits[found])
+
+    def answer(self, picture: Picture) -> list[int]:
+        """Ids of the greedy answer, without the end token."""
+        inputs = self._inputs(picture)
         with self.torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         found = ids[0, inputs["input_ids"].shape[1] :].tolist()
@@ -211,7 +229,8 @@ def main() -> None:
         decode = system.session.tokenizer.decode
         others = [name for name in shown if answers[name] != wanted[name]]
         for name in others:
-            print(f"  {name}: {decode(answers[name])!r}, PyTorch {decode(wanted[name])!r}")
+            margin = pytorch.margin(shown[name], wanted[name], answers[name])
+            print(f"  {name}: {decode(answers[name])!r}, PyTorch {decode(wanted[name])!r} by {margin:.3f}")
 
     tasks = {"held-out": held_out()}
     if given.pairs is not None:

@@ -99,7 +99,8 @@ class QuantizedParts:
             _set_cache_scales(self.model, decoder, self.samples)
         if self.store is None or not any(plan.scheme(name).quantized for name in names):
             return self._quantize(part, decoder, plan, names)
-        path, fingerprint = self.store / "decoder.safetensors", self._fingerprint(plan)
+        fingerprint = self._fingerprint(plan)
+        path = self.store / f"decoder-{fingerprint[:16]}.safetensors"
         found = _restore(path, decoder, fingerprint)
         if found is None:
             decoder, found = self._quantize(part, decoder, plan, names)

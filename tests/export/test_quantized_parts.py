@@ -62,12 +62,15 @@ def test_other_weights_plans_and_damaged_files_are_made_anew(model: Model, tmp_p
     options = ExportOptions(plan=make_plan("int4", method="rtn", block_size=32))
     other = ExportOptions(plan=make_plan("int4", method="rtn", block_size=64))
     made(model, options, tmp_path)
+    (first,) = tmp_path.iterdir()
     assert "decoder: quantized already" not in made(model, other, tmp_path)[1]
     assert "decoder: quantized already" in made(model, other, tmp_path)[1]
-    path = tmp_path / "decoder.safetensors"
-    path.write_bytes(path.read_bytes()[:500])
+    assert "decoder: quantized already" in made(model, options, tmp_path)[1]
+    first.write_bytes(first.read_bytes()[:500])
+    assert "decoder: quantized already" not in made(model, options, tmp_path)[1]
+    assert "decoder: quantized already" in made(model, options, tmp_path)[1]
+    first.rename(next(path for path in tmp_path.iterdir() if path != first))  # a name proves nothing
     assert "decoder: quantized already" not in made(model, other, tmp_path)[1]
-    assert "decoder: quantized already" in made(model, other, tmp_path)[1]
 
 
 def test_two_targets_read_and_quantize_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -84,3 +87,19 @@ def test_two_targets_read_and_quantize_once(checkpoint: Path, tmp_path: Path) ->
     answers = [conversation.answer for one in results for conversation in one.bundle.manifest.conversations]
     assert answers[0] == answers[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fused", "standard"]
+
+
+@pytest.mark.slow
+def test_three_targets_share_what_is_common(checkpoint: Path, tmp_path: Path) -> None:
+    """ExecuTorch's linear layers have scales of their own sign, and with them codes of their own."""
+    pytest.importorskip("coremltools")
+    pytest.importorskip("executorch")
+    options = ExportOptions(plan=make_plan("int4", method="rtn", block_size=32))
+    names = ("coreml", "executorch", "onnx")
+    told: list[str] = []
+    places = [(find_target(name), tmp_path / name) for name in names]
+    results = list(export_bundles(str(checkpoint), places, options, report=told.append))
+    assert sum(text.startswith("reading") for text in told) == 1
+    assert told.count("decoder: quantized already") == 1
+    assert [result.bundle.manifest.target for result in results] == list(names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
