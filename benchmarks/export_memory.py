@@ -1,7 +1,7 @@
 """What an export costs: memory, time and bytes, watched from outside while `mobilemm export` runs.
 
     python scripts/random_checkpoint.py /tmp/mobilevlm-1.7b
-    python benchmarks/export_memory.py /tmp/mobilevlm-1.7b [--keep FOLDER] [-- --q-llm int8 …]
+    python benchmarks/export_memory.py [--keep FOLDER] /tmp/mobilevlm-1.7b [-- --q-llm int8 …]
 
 Every 20 ms RssAnon (memory of its own) and RssFile (files mapped, which the system may drop at any time) are
 read from /proc/PID/status of the process; so Linux only. What stands behind `--` goes to the command.

@@ -131,7 +131,7 @@ class Call(Step):
         if len(operands) != 1:
             raise TypeError(f"{len(operands)} values where one is expected")
         (operand,) = operands
-        if kind in ("Tensor", "TensorList"):
+        if kind in ("Tensor", "StoredTensor", "TensorList"):
             if isinstance(operand, Expression):
                 self.pending.append((name, operand))
             else:
@@ -169,22 +169,20 @@ class Call(Step):
     def _bind_pending(self) -> None:
         """Reads constants when the operation runs for the first time; those that are kept stay bound."""
         for name, expression in self.pending:
-            tensor = self.store.tensor(expression)
-            if self.store.keeps(expression):
+            stored = self.handler.parameters[name].kind == "StoredTensor"
+            read = self.store.stored if stored else self.store.tensor
+            tensor = read(expression)
+            if self.store.keeps(expression, tensor):
                 self.fixed[name] = tensor
             else:
-                self.fetched.append((name, self._fetch_all([expression], first=True)))
+                self.fetched.append((name, lambda _, read=read, what=expression: read(what)))
         self.pending = []
 
-    def _fetch_all(self, operands: Sequence[Operand], first: bool = False) -> Callable[[Values], Any]:
-        def fetch(values: Values) -> Any:
-            found = [
-                self.store.tensor(operand) if isinstance(operand, Expression) else values[operand]
-                for operand in operands
-            ]
-            return found[0] if first else found
-
-        return fetch
+    def _fetch_all(self, operands: Sequence[Operand]) -> Callable[[Values], Any]:
+        return lambda values: [
+            self.store.tensor(operand) if isinstance(operand, Expression) else values[operand]
+            for operand in operands
+        ]
 
 
 class ReadState(Step):

@@ -22,7 +22,7 @@ from mobilemm.runtime.manifest_check import shown
 
 Array = NDArray[Any]
 
-KEPT_CONSTANTS = 3 * 2**30
+KEPT_CONSTANTS = 2**30
 
 
 def load(path: str | Path, precision: Precision = "declared", keep_bytes: int = KEPT_CONSTANTS) -> Model:
@@ -33,7 +33,7 @@ def load(path: str | Path, precision: Precision = "declared", keep_bytes: int = 
         precision: "declared" rounds what each operation gives to its declared type, as storing it does; the
             arithmetic inside of an operation is that of fp32. "float32" rounds nothing to fp16: what the
             program means, without what fp16 costs.
-        keep_bytes: for how many bytes of decompressed constants to keep in fp32, and for as many again in
+        keep_bytes: how many bytes of decompressed constants to keep in fp32, and three times as many in
             fp16; what is left is decompressed at each use.
 
     Raises MobileMMError, one line, for a package that is damaged or that holds what is not known here: an

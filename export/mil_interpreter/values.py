@@ -111,7 +111,7 @@ class Expression:
         arguments: dict[str, Any] = {}
         for name, value in self.arguments.items():
             kind = self.handler.parameters[name].kind
-            if kind == "Tensor" and isinstance(value, Expression):
+            if kind in ("Tensor", "StoredTensor") and isinstance(value, Expression):
                 arguments[name] = value.tensor(precision)
             elif isinstance(value, Expression):
                 arguments[name] = value.python(kind)
@@ -132,16 +132,22 @@ Operand: TypeAlias = "int | Expression"
 class ConstantStore:
     """Constants of a model, decompressed once and kept while there is room.
 
-    In fp32 until `budget` bytes are used; then in fp16, where that loses nothing, until as many again are;
-    what is left is decompressed at each use.
+    In fp32 until `budget` bytes are used; then in fp16, where that loses nothing, until three times as many
+    are; what is left is decompressed at each use.
     """
 
     def __init__(self, precision: Precision, budget: int) -> None:
         self.precision, self.budget = precision, budget
         self._kept: dict[object, Tensor] = {}
-        self._room = {torch.float32: budget, torch.float16: budget}
+        self._room = {torch.float32: budget, torch.float16: 3 * budget}
 
     def tensor(self, expression: Expression) -> Tensor:
+        """In the type that operations compute with."""
+        stored = self.stored(expression)
+        return stored if stored.dtype != torch.float16 else stored.float()
+
+    def stored(self, expression: Expression) -> Tensor:
+        """As it is kept, in fp16 perhaps."""
         key = expression.identity
         kept = self._kept.get(key)
         if kept is None:
@@ -150,20 +156,19 @@ class ConstantStore:
                 self.precision == "declared" or expression.constant is not None
             )
             kept = self._keep(key, expression.tensor(self.precision), narrow)
-        return kept if kept.dtype != torch.float16 else kept.float()
+        return kept
 
-    def keeps(self, expression: Expression) -> bool:
-        """Whether `tensor` gives the same tensor each time."""
-        kept = self._kept.get(expression.identity)
-        return kept is not None and kept.dtype != torch.float16
+    def keeps(self, expression: Expression, tensor: Tensor) -> bool:
+        """Whether this is what is kept, and so what will be given again."""
+        return self._kept.get(expression.identity) is tensor
 
     def _keep(self, key: object, tensor: Tensor, narrow: bool) -> Tensor:
         if tensor.nbytes <= self._room[torch.float32]:
             self._room[torch.float32] -= tensor.nbytes
             self._kept[key] = tensor
         elif narrow and tensor.nbytes // 2 <= self._room[torch.float16]:
-            self._kept[key] = tensor.half()
             self._room[torch.float16] -= tensor.nbytes // 2
+            self._kept[key] = tensor = tensor.half()
         return tensor
 
 

@@ -1,10 +1,10 @@
 """MIL's operations on PyTorch: one function each, found by the operation's name.
 
 A function takes MIL's arguments by their names; how each arrives its annotation says: `Tensor`,
-`list[Tensor]`, `TensorList` (a MIL list), or Python's `int`, `float`, `bool`, `str` and lists of these.
-Numbers come in as fp32 tensors that hold values of the declared type, integers and booleans as PyTorch has
-them (uint16 as int32, uint32 as int64, types under a byte as int8 and uint8). What a function returns
-is turned into the declared type by the interpreter.
+`StoredTensor` (a large constant, perhaps in fp16), `list[Tensor]`, `TensorList` (a MIL list), or Python's
+`int`, `float`, `bool`, `str` and lists of these. Numbers come in as fp32 tensors that hold values of the
+declared type, integers and booleans as PyTorch has them (uint16 as int32, uint32 as int64, types under a byte
+as int8 and uint8). What a function returns is turned into the declared type by the interpreter.
 
 Operations whose output can be larger than their inputs ask `check_elements` first.
 """
@@ -28,6 +28,9 @@ LARGEST_CONSTANT = 2**29
 """The same of a decompressed constant, which grows out of a file that is there."""
 
 TensorList: TypeAlias = "list[Tensor]"
+
+StoredTensor: TypeAlias = "Tensor"
+"""A constant as it is kept: in fp32, or in fp16 where that loses nothing."""
 
 TOPICS = (
     *(

@@ -8,13 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobilemm.export.mil_interpreter.ops import MOST_ELEMENTS, check_broadcast, check_elements, op
+from mobilemm.export.mil_interpreter.ops import (
+    MOST_ELEMENTS,
+    StoredTensor,
+    check_broadcast,
+    check_elements,
+    op,
+)
+
+# Elements of a weight in fp16 that are in fp32 at once: what a core's cache holds.
+WIDENED_ELEMENTS = 2**19
 
 
 @op("linear")
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: StoredTensor, bias: Tensor | None = None) -> Tensor:
     check_elements(x.numel() / max(x.shape[-1], 1), weight.shape[0])
-    return F.linear(x, weight, bias)
+    if weight.dtype != torch.float16:
+        return F.linear(x, weight, bias)
+    wide = torch.empty(max(1, WIDENED_ELEMENTS // max(weight.shape[1], 1)), weight.shape[1])
+    pieces = [F.linear(x, wide[: len(rows)].copy_(rows)) for rows in weight.split(len(wide))]
+    product = torch.cat(pieces, -1)
+    return product if bias is None else product + bias
 
 
 @op("matmul")
