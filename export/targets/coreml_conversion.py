@@ -10,10 +10,16 @@ from typing import Any
 
 @functools.cache
 def complete_converter() -> None:
-    """Adds to coremltools' table of PyTorch operators, once."""
+    """Adds to coremltools' table of PyTorch operators, and mends it, once."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
-    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import (
+        _TORCH_OPS_REGISTRY,
+        register_torch_op,
+    )
+
+    for name in ("add", "sub", "rsub"):
+        _TORCH_OPS_REGISTRY.set_func_by_name(_with_factor(name, _TORCH_OPS_REGISTRY.get_func(name)), name)
 
     def mobilemm_mt(context: Any, node: Any) -> None:
         (x,) = _get_inputs(context, node, expected=1)
@@ -21,6 +27,24 @@ def complete_converter() -> None:
         context.add(mb.transpose(x=x, perm=axes, name=node.name))
 
     register_torch_op(mobilemm_mt, torch_alias=["mt"], override=True)
+
+
+def _with_factor(kind: str, convert: Any) -> Any:
+    """An addition or subtraction that knows `alpha`, the factor of its second operand."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs, promote_input_dtypes
+
+    def converter(context: Any, node: Any) -> None:
+        inputs = _get_inputs(context, node)
+        if len(inputs) < 3 or inputs[2].val == 1:
+            convert(context, node)
+            return
+        first, second = inputs[1::-1] if kind == "rsub" else inputs[:2]
+        second, factor = promote_input_dtypes([second, inputs[2]])
+        first, second = promote_input_dtypes([first, mb.mul(x=second, y=factor)])
+        context.add((mb.add if kind == "add" else mb.sub)(x=first, y=second, name=node.name))
+
+    return converter
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from mobilemm.export.decoder import (
     Rotary,
     rotate,
 )
+from mobilemm.export.decoder_spec import RopeTable
 from mobilemm.export.parts import TokenEmbedding
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
 from mobilemm.export.targets.coreml_weights import StoredEmbedding, StoredLinear, Weight, weight_of
@@ -30,6 +31,8 @@ UNSEEN = -1e4
 STATES = ("k_cache", "v_cache")
 # The dimensions of a state that the Neural Engine takes are multiples of it.
 STATE_ALIGNMENT = 32
+# Numbers that stand for a norm's epsilon: as many keep a row's length a multiple of 32.
+FILLING = 16
 
 
 def lower(module: nn.Module, layout: Layout = "gpu", prefix: str = "") -> nn.Module:
@@ -84,12 +87,10 @@ class DecoderStep(nn.Module):
         shape = (spec.num_layers, spec.num_key_value_heads, buffer_length, spec.head_dim)
         for name in STATES:
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float16))
-        positions = torch.arange(buffer_length, dtype=torch.float32)
         for index, table in enumerate(spec.rope_tables):
-            # Phases in float16 are wrong beyond a few hundred positions: only their cosines are rounded.
-            angles = torch.outer(positions, table.inverse_frequencies.float())
-            for name, values in ((f"rope_cos_{index}", angles.cos()), (f"rope_sin_{index}", angles.sin())):
-                self.add_module(name, StoredEmbedding(Weight(name, (values * table.scaling).half())))
+            for kind, values in zip(("cos", "sin"), rotary_values(table, buffer_length), strict=True):
+                name = f"rope_{kind}_{index}"
+                self.add_module(name, StoredEmbedding(Weight(name, values)))
         self.register_buffer("columns", torch.arange(buffer_length, dtype=torch.int32)[None])
 
     @property
@@ -150,6 +151,15 @@ class DecoderStep(nn.Module):
         return ((seen.half() - 1) * half(-UNSEEN))[None, None]
 
 
+def rotary_values(table: RopeTable, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the first positions, float16 (length, head_dim / 2), to be stored as they are.
+
+    Phases in float16 are wrong beyond a few hundred positions: only their cosines are rounded.
+    """
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), table.inverse_frequencies.float())
+    return (angles.cos() * table.scaling).half(), (angles.sin() * table.scaling).half()
+
+
 class StateCache:
     """Keys and values written into a `DecoderStep`'s states from position `start` on."""
 
@@ -207,19 +217,26 @@ def rms_norm(norm: RMSNorm | ResidualNorm, layout: Layout) -> nn.Module:
 
 
 class _LastDimensionNorm(nn.Module):
-    """By the layer norm of [x, -x]: its mean is zero, its variance the mean square.
+    """By the layer norm of [x, c, -x, -c]: its mean is zero, its variance the mean square of x and c.
 
     coremltools' own RMSNorm divides by the largest value, with an epsilon that is not scaled: NaN for rows of
-    zeros, and up to a quarter off for small ones.
+    zeros, and up to a quarter off for small ones. The constants c stand for epsilon here: as a number of its
+    own, 1e-5 or 1e-6, it is subnormal in float16, and where processors take those for zero a row of zeros
+    would be NaN.
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(weight.detach().clone(), requires_grad=False), eps
+        size = weight.shape[0]
+        # Σx² / size + eps is (Σx² + FILLING c²) / size, of which the layer norm makes a larger row's mean.
+        scaled = weight.detach().float() * (size / (size + FILLING)) ** 0.5
+        self.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
+        self.filling = (eps * size / FILLING) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[-1]
-        normed = F.layer_norm(torch.cat([x, -x], -1), (2 * size,), eps=self.eps)
+        size = self.weight.shape[0]
+        filling = torch.full([*map(int, x.shape[:-1]), FILLING], self.filling, dtype=x.dtype)
+        normed = F.layer_norm(torch.cat([x, filling, -x, -filling], -1), (2 * (size + FILLING),), eps=0.0)
         return normed[..., :size] * self.weight
 
 
