@@ -152,7 +152,8 @@ class CoreMLTarget:
             if name == "decoder":
                 facts["context_length"] = str(card.context_length)
             author = f"{card.name}, exported by mobilemm"
-            describe(folder / part.file, name, facts, author=author, license=card.license)
+            with _quiet():
+                describe(folder / part.file, name, facts, author=author, license=card.license)
             size = sum((folder / file).stat().st_size for file in part.files)
             parts[name] = part.model_copy(update={"bytes": size})
         return manifest.model_copy(update={"parts": parts})
