@@ -1,50 +1,36 @@
-"""A long conversation with a bundle's decoder, against PyTorch with the same quantized weights.
+"""A long conversation with an exported decoder, against PyTorch with the same quantized weights.
 
-    python -m benchmarks.conversation BUNDLE [--model CHECKPOINT]
+    python -m benchmarks.conversation FOLDER [--target coreml] [--dtype int4] [--model CHECKPOINT]
 
-A picture and words fill a first prefill of 64; 200 words follow one at a time; then comes a second picture,
-with a question, and 40 more words. Words are those of an English text, so that no loop of the model's own
-makes them easy. Of all positions that a conversation would read: cosine of the logits, and the share of equal
-best tokens. PyTorch's weights are quantized here once more, by the plan that the bundle's manifest tells.
+Exports to FOLDER, since codes made elsewhere may differ in their last bits. A picture and words fill a first
+prefill of 64; 200 words follow one at a time; then comes a second picture, with a question, and 40 more
+words. Words are those of an English text, so that no loop of the model's own makes them easy. Of all
+positions that a conversation would read: cosine of the logits, and the share of equal best tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.answers import DRAWINGS, QUESTION, ROOT
+from mobilemm.export.assemble import codes_of, export_bundles
 from mobilemm.export.calibration import CalibrationSample, read_calibration
 from mobilemm.export.decoder import EagerCache
 from mobilemm.export.model import Model, open_model
 from mobilemm.export.options import ExportOptions
-from mobilemm.export.quantization import QuantizationPlan, make_plan
+from mobilemm.export.quantization import QuantizedLinear, make_plan
 from mobilemm.export.quantized_parts import QuantizedParts
-from mobilemm.export.targets import find_target
+from mobilemm.export.targets import Target, find_target
 from mobilemm.export.verify import cosine
 from mobilemm.runtime.backends import open_backend
-from mobilemm.runtime.bundle import open_bundle
-from mobilemm.runtime.manifest import Manifest
+from mobilemm.runtime.bundle import Bundle
 
 PREFILL, WORDS, MORE = 64, 200, 40
-WORD = {32: "fp32", 16: "fp16", 8: "int8", 6: "int6", 4: "int4"}
-
-
-def plan_of(manifest: Manifest) -> QuantizationPlan:
-    """The plan that a bundle was made by."""
-    llm, embed = (manifest.parts[name].quantization for name in ("decoder", "embed"))
-    keep = [f"{pattern}={bits}" for pattern, bits in llm.exceptions.items() if pattern != "lm_head"]
-    return make_plan(
-        WORD[llm.bits],
-        embed=WORD[embed.bits],
-        method=None if llm.method == "none" else llm.method,
-        block_size=llm.block_size,
-        symmetric=llm.symmetric,
-        keep=keep,
-    )
 
 
 def conversation(model: Model) -> tuple[torch.Tensor, list[int]]:
@@ -72,16 +58,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--model", help="checkpoint that it was made from; left out, the default model")
+    parser.add_argument("folder", type=Path, help="where the bundle goes, and stays")
+    parser.add_argument("--model", help="left out, the default model")
+    parser.add_argument("--target", default="coreml")
+    parser.add_argument("--dtype", default="int4", help="of the language model")
     given = parser.parse_args()
-    bundle = open_bundle(given.bundle)
-    target = find_target(bundle.manifest.target)
-    options = ExportOptions(
-        plan=target.stores(plan_of(bundle.manifest)), context_length=bundle.manifest.model.context_length
-    )
-    model = open_model(given.model, options)
-    quantized, _ = QuantizedParts(model, options, read_calibration(None)).module("decoder")
+    target = find_target(given.target)
+    options = ExportOptions(plan=make_plan(given.dtype))
+    # Codes are in the store as long as the export has not gone on behind its last bundle.
+    for result in export_bundles(given.model, [(target, given.folder)], options):
+        compare(given.model, target, options, result.bundle)
+
+
+def compare(source: str | None, target: Target, options: ExportOptions, bundle: Bundle) -> None:
+    """Prints the figures of one bundle."""
+    context = bundle.manifest.model.context_length
+    stored = replace(options, plan=target.stores(options.plan), context_length=context)
+    model = open_model(source, stored)
+    told: list[str] = []
+    store = codes_of(bundle.folder)
+    quantized, _ = QuantizedParts(model, stored, read_calibration(None), store, told.append).module("decoder")
+    if any(isinstance(one, QuantizedLinear) for one in quantized.modules()):
+        assert "decoder: quantized already" in told, "these are not the bundle's codes"
     embeds, lengths = conversation(model)
     read = np.cumsum(lengths) - 1
     with torch.no_grad():

@@ -93,7 +93,7 @@ def export_bundles(
         target.stores(options.plan)
     read_calibration(options.calibration)  # and a set that cannot be used
     model = open_model(source, options, report)
-    store = places[0][1].with_name(f".{places[0][1].name}.quantized")
+    store = codes_of(places[0][1])
     expected = _PytorchAnswer(model)
     for target, destination in places:
         contextual = model.with_context(options.context_length or target.default_context)
@@ -101,6 +101,11 @@ def export_bundles(
         stored = replace(options, plan=target.stores(options.plan))
         yield _export(contextual, target, destination, stored, overwrite, report, store, expected)
     shutil.rmtree(store, ignore_errors=True)
+
+
+def codes_of(destination: Path) -> Path:
+    """Where quantized weights are kept while a bundle is exported to `destination`."""
+    return destination.with_name(f".{destination.name}.quantized")
 
 
 def _export(
