@@ -98,6 +98,8 @@ class PromptTokenizer:
         self.prompt = prompt
         self.image_token_id, self.num_image_tokens = image_token_id, num_image_tokens
         self._plain: Tokenizer | None = None
+        # Models often have a few rows more, which stand for nothing: no answer may hold them.
+        self.size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation, each picture as its placeholders.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +139,7 @@ class Session(Conversation):
         text = TextStream(self.tokenizer.decode, self.manifest.prompt.stop)
         seen = list(ids)
         self.answer_ids = []
-        token = sampler(logits, seen)
+        token = sampler(logits[: self.tokenizer.size], seen)
         stats.ttft = time.perf_counter() - begun
         most = min(self.sampling.max_new_tokens, room)
         while token not in self.manifest.model.eos_token_ids:
@@ -151,7 +151,8 @@ class Session(Conversation):
             if text.stopped or stats.new_tokens == most:
                 break
             begun = time.perf_counter()
-            token = sampler(self._feed([token], None, self._text_position()), seen)
+            logits = self._feed([token], None, self._text_position())
+            token = sampler(logits[: self.tokenizer.size], seen)
             stats.decode_seconds += time.perf_counter() - begun
             stats.decode_steps += 1
         if piece := text.end():
@@ -219,7 +220,24 @@ class Session(Conversation):
         embeds = self.backend.run("embed", inputs)["inputs_embeds"]
         # Before the decoder has them: what is interrupted leaves too many here, never too few.
         self._cached += ids
-        return decoder.decode(embeds, positions)[0, -1]
+        for piece in self._pieces(ids, len(features)):
+            places = None if positions is None else positions[..., piece]
+            logits = decoder.decode(embeds[:, piece], places)
+        return logits[0, -1]
+
+    def _pieces(self, ids: list[int], rows: int) -> Iterator[slice]:
+        """What the decoder is fed at once: all ids, or each text and each picture that has features."""
+        model = self.manifest.model
+        start = 0
+        if self.backend.prefills_in_pieces:
+            places = np.flatnonzero(np.array(ids) == model.image_token_id)[:rows]
+            for place in places[:: max(model.num_image_tokens, 1)].tolist():
+                if place > start:
+                    yield slice(start, place)
+                start = place + model.num_image_tokens
+                yield slice(place, start)
+        if start < len(ids):
+            yield slice(start, len(ids))
 
     def _text_position(self) -> Array | None:
         """The next token's position, where positions have three dimensions."""

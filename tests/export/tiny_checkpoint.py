@@ -15,8 +15,11 @@ from tests.runtime.conftest import llama_tokenizer
 LICENSE = "Do as you like, and be kind.\n"
 
 
-def write_checkpoint(folder: Path, tied: bool = False) -> Path:
-    """Pictures of 32 × 32 pixels become 4 tokens; the context is 512 tokens."""
+def write_checkpoint(folder: Path, tied: bool = False, padding: int = 0) -> Path:
+    """Pictures of 32 × 32 pixels become 4 tokens; the context is 512 tokens.
+
+    With `padding` the vocabulary has so many rows more than the tokenizer, and they always score best.
+    """
     tokenizer = llama_tokenizer("▁What", "▁is", "▁in", "▁this", "▁picture")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -26,7 +29,7 @@ def write_checkpoint(folder: Path, tied: bool = False) -> Path:
             **sizes,
             num_attention_heads=4,
             num_key_value_heads=2,
-            vocab_size=len(tokenizer),
+            vocab_size=len(tokenizer) + padding,
             max_position_embeddings=512,
             bos_token_id=1,
             eos_token_id=2,
@@ -41,6 +44,7 @@ def write_checkpoint(folder: Path, tied: bool = False) -> Path:
     if not tied:  # a random model's bytes are no UTF-8: it says letters and words
         with torch.no_grad():
             model.get_output_embeddings().weight[2:259] = 0
+            model.get_output_embeddings().weight[len(tokenizer) :] *= 10
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)

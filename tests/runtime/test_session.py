@@ -114,6 +114,23 @@ def test_answers_are_those_of_pytorch(session: Session, chat: ChatSession) -> No
     assert len(set(answers)) == len(answers) == 5
 
 
+def test_in_pieces_as_all_at_once(bundle: Bundle, chat: ChatSession) -> None:
+    """Texts and pictures one after the other, as the runners of some runtimes feed them."""
+    backend = Watched(bundle)
+    backend.prefills_in_pieces = True
+    session = Session(bundle, backend, Sampling(TOKENS))
+    assert ask(session, *CONVERSATION) == ask(chat, *CONVERSATION)
+    image, count = bundle.manifest.model.image_token_id, bundle.manifest.model.num_image_tokens
+    ids = [5, 6, *[image] * count, *[image] * count, 7, *[image] * count]
+    pieces = list(session._pieces(ids, 2 * count))
+    assert [ids[piece] for piece in pieces] == [
+        [5, 6],
+        [image] * count,
+        [image] * count,
+        [7, *[image] * count],  # behind the last features a placeholder is a word
+    ]
+
+
 @pytest.mark.slow
 def test_with_a_concatenated_cache_too(concatenated: Bundle, chat: ChatSession) -> None:
     session = Session(concatenated, OnnxBackend(concatenated, 1), Sampling(TOKENS))

@@ -45,6 +45,13 @@ class Backend(Protocol):
     def runtime(self) -> str:
         """What runs it here, for people: a name and a version."""
 
+    @property
+    def prefills_in_pieces(self) -> bool:
+        """Whether texts and pictures are fed one after the other, as the runtime's own runner does.
+
+        With activations in int8, what a near-tie falls to depends on it.
+        """
+
     def load(self, part: str) -> None:
         """Loads a part now. Raises MobileMMError when it cannot be loaded."""
 

@@ -48,6 +48,8 @@ class CoreMLBackend:
     Raises MobileMMError when coremltools is missing, or this macOS is older than the bundle asks for.
     """
 
+    prefills_in_pieces = False
+
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle, self.threads = bundle, threads
         self._native = sys.platform == "darwin"

@@ -28,6 +28,8 @@ class ExecutorchBackend:
     Raises MobileMMError when executorch is missing, or older than the bundle asks for.
     """
 
+    prefills_in_pieces = True
+
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         _check_version(bundle)
         self.bundle, self.threads = bundle, threads

@@ -35,6 +35,8 @@ class OnnxBackend:
     Raises MobileMMError when onnxruntime is missing, or older than the bundle asks for.
     """
 
+    prefills_in_pieces = False
+
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         _check_version(bundle)
         self.bundle = bundle
