@@ -21,6 +21,7 @@ from mobilemm.export.calibration import read_calibration
 from mobilemm.export.model import Model, Report, open_model
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.pipeline import Record, created_by, export_parts, fingerprints, keep_record
+from mobilemm.export.plan_sizes import memory_warning
 from mobilemm.export.targets import Target
 from mobilemm.runtime import manifest
 from mobilemm.runtime.backends import open_backend
@@ -93,6 +94,9 @@ def export_bundles(
         target.stores(options.plan)
     read_calibration(options.calibration)  # and a set that cannot be used
     model = open_model(source, options, report)
+    for target, _ in places:
+        if (warning := memory_warning(model, target, options)) is not None:
+            report(warning)
     store = codes_of(places[0][1])
     expected = _PytorchAnswer(model)
     for target, destination in places:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import mmap
 import sys
+from pathlib import Path
 
 from torch import Tensor
 
@@ -22,6 +23,16 @@ def page_out(tensor: Tensor) -> None:
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_PAGEOUT)
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still have without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else 1024 * int(found)
 
 
 def release() -> None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.layerwise import needs_data
-from mobilemm.export.model import open_model
+from mobilemm.export.memory import available_memory
+from mobilemm.export.model import Model, open_model
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.parts import Part
 from mobilemm.export.quantization import PartPlan
@@ -44,7 +45,22 @@ class Estimate:
 
 def estimate(source: str | None, target: Target, options: ExportOptions) -> Estimate:
     """Takes the model apart and reckons, without quantizing or converting anything."""
-    model = open_model(source, options)
+    return estimate_of(open_model(source, options), target, options)
+
+
+def memory_warning(model: Model, target: Target, options: ExportOptions) -> str | None:
+    """A line for a machine that has less memory free than an export will probably take."""
+    needed, free = estimate_of(model, target, options).peak_memory, available_memory()
+    if free is None or free >= needed:
+        return None
+    return (
+        f"warning: --target {target.name} will take about {needed / 1e9:.1f} GB of memory here, and"
+        f" {free / 1e9:.1f} GB are free; --max-seq-len makes the cache shorter"
+    )
+
+
+def estimate_of(model: Model, target: Target, options: ExportOptions) -> Estimate:
+    """The same of a model that is open."""
     model = model.with_context(options.context_length or target.default_context)
     parts: list[PartEstimate] = []
     seconds = 0.0
@@ -62,8 +78,7 @@ def estimate(source: str | None, target: Target, options: ExportOptions) -> Esti
             seconds += parameters / ROUNDED_PER_SECOND
         if isinstance(part.module, Decoder) and needs_data(plan.default):
             seconds += 4 * parameters * CALIBRATION_TOKENS / CALIBRATED_FLOPS
-        # The part as it is stored, once more while it is written, and the runtime's copy when it is verified.
-        largest = max(largest, 2.2 * size)
+        largest = max(largest, target.memory_factor * size)
     return Estimate(tuple(parts), int(BASE_MEMORY + largest), seconds)
 
 

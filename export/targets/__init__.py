@@ -26,6 +26,7 @@ class Exported:
     """One part as files of a target, by their paths in the folder that it was written to.
 
     `file` is what the runtime opens: one of `files`, or a folder of them. `notes` are for whoever exports.
+    `module` is the part as it was written, where the target has quantized more than it was given.
     """
 
     file: str
@@ -34,6 +35,7 @@ class Exported:
     outputs: tuple[Tensor, ...]
     cache: Literal["shared", "concatenated"] | None = None
     notes: tuple[str, ...] = ()
+    module: nn.Module | None = None
 
 
 class Target(Protocol):
@@ -54,6 +56,10 @@ class Target(Protocol):
     @property
     def default_context(self) -> int:
         """Positions that a conversation may have unless it is said otherwise, or the model knows fewer."""
+
+    @property
+    def memory_factor(self) -> float:
+        """How many times a part's bytes are in memory at most while it is written and verified."""
 
     @property
     def joins(self) -> bool:

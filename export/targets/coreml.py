@@ -83,6 +83,7 @@ class CoreMLTarget:
 
     name: Literal["coreml"] = "coreml"
     default_context: int = 2048
+    memory_factor = 2.2
     joins = False
 
     def __init__(self, options: CoreMLOptions | None = None) -> None:

@@ -57,6 +57,7 @@ class OnnxTarget:
 
     name: Literal["onnx"] = "onnx"
     default_context = 8192
+    memory_factor = 2.2
     joins = False
 
     def __init__(self, options: OnnxOptions | None = None) -> None:

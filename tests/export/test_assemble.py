@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.numpy import load_file
 
 import mobilemm
 from mobilemm.errors import MobileMMError
+from mobilemm.export import plan_sizes
 from mobilemm.export.assemble import export_bundle
+from mobilemm.export.model import open_model
 from mobilemm.export.options import ExportOptions
-from mobilemm.export.plan_sizes import estimate
+from mobilemm.export.plan_sizes import estimate, memory_warning
 from mobilemm.export.quantization import make_plan
 from mobilemm.export.targets import find_target
 from mobilemm.runtime.backends import open_backend
@@ -176,3 +179,14 @@ def test_the_estimate_is_near_what_is_written(
         found = exported.result.bundle.manifest.parts[part.name].parameters
         assert part.parameters == pytest.approx(found, rel=0.05)
     assert expected.seconds > 0
+
+
+def test_a_small_machine_is_told_early(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ExportOptions(plan=make_plan("int4"))
+    model = open_model(str(checkpoint), options)
+    monkeypatch.setattr(plan_sizes, "available_memory", lambda: 300_000_000)
+    warning = memory_warning(model, find_target("onnx"), options)
+    assert warning is not None
+    assert re.search(r"--target onnx will take about 0\.\d GB of memory here, and 0\.3 GB are free", warning)
+    monkeypatch.setattr(plan_sizes, "available_memory", lambda: 64_000_000_000)
+    assert memory_warning(model, find_target("onnx"), options) is None
