@@ -37,6 +37,7 @@ class Part:
         cache: what the part keeps between calls. Its module is then called with a target's `Cache` as second
             argument.
         shared: parameter name → (part, parameter name) that holds the same table.
+        samples: the first input's rows as calibration has them, for targets that measure activations.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Part:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     cache: CacheShape | None = None
     shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    samples: Tensor | None = None
 
 
 class Vision(nn.Module):

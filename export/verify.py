@@ -38,10 +38,10 @@ class Floor:
 # wrong layout, a lost bias or a swapped axis costs tens of decibels. The damage done by quantization is the
 # weights' own affair: random ones lose far more than trained ones, so these floors only catch ruin.
 FLOORS: Mapping[str, Mapping[int, Floor]] = {
-    "vision": {32: Floor(60, 0.9999), 16: Floor(45, 0.999), 8: Floor(20, 0.98), 4: Floor(15, 0.9)},
+    "vision": {32: Floor(80, 0.9999), 16: Floor(45, 0.999), 8: Floor(20, 0.98), 4: Floor(15, 0.9)},
     "embed": {32: Floor(100, 0.99999), 16: Floor(60, 0.9999), 8: Floor(80, 0.999), 4: Floor(80, 0.97)},
     "decoder": {
-        32: Floor(60, 0.9999, 1.0),
+        32: Floor(80, 0.9999, 1.0),
         16: Floor(35, 0.999, 0.98),
         8: Floor(20, 0.98, 0.9),
         4: Floor(15, 0.75),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,7 +27,20 @@ from mobilemm.export.decoder import Attention, Decoder
 from mobilemm.export.parts import Embed, Part, TokenEmbedding
 from mobilemm.export.quantization import FLOAT32, PARTS, Activations, PartPlan, QuantizationPlan, WeightScheme
 from mobilemm.export.targets import Exported
-from mobilemm.export.targets.executorch_lowering import GROUP, DelegatedForms, TextDecoder, express, lower
+from mobilemm.export.targets.executorch_backends import check_backend, partitioners
+from mobilemm.export.targets.executorch_convolutions import (
+    PictureByPicture,
+    is_convolutional,
+    quantize_convolutions,
+)
+from mobilemm.export.targets.executorch_lowering import (
+    GROUP,
+    DelegatedForms,
+    TextDecoder,
+    express,
+    lower,
+    quantize_once,
+)
 from mobilemm.export.targets.executorch_report import MethodReport, delegation
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
@@ -40,7 +53,6 @@ MODEL = "model.pte"
 REPORT = "delegation.json"
 # The release that programs were run on.
 MIN_EXECUTORCH = "1.5.1"
-BACKENDS = ("xnnpack", "portable")
 
 
 @dataclass(frozen=True)
@@ -50,14 +62,21 @@ class ExecutorchOptions:
     Attributes:
         backend: what operators are handed to; "portable" hands over none.
         allow_fallback: operators that compute may stay with ExecuTorch's portable kernels, which are slow.
+        convolutions: "float32", or "int8" with steps that calibration has found, of convolutional encoders
+            that the plan wants in int8. EfficientNet-Lite0 loses much by it: cosine to fp32 0.96, where the
+            floor is 0.98.
+        etrecord: where ExecuTorch's Inspector finds what its profiles speak of; None: nowhere.
     """
 
     backend: str = "xnnpack"
     allow_fallback: bool = False
+    convolutions: str = "float32"
+    etrecord: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise MobileMMError(f"--backend {self.backend!r}: choose {' or '.join(BACKENDS)}")
+        check_backend(self.backend)
+        if self.convolutions not in ("int8", "float32"):
+            raise MobileMMError(f"--convolutions {self.convolutions!r}: choose float32 or int8")
 
 
 class ExecutorchTarget:
@@ -68,6 +87,7 @@ class ExecutorchTarget:
 
     name: Literal["executorch"] = "executorch"
     default_context = 2048
+    memory_factor = 5.0
     joins = True
 
     def __init__(self, options: ExecutorchOptions | None = None) -> None:
@@ -108,6 +128,11 @@ class ExecutorchTarget:
             part, share_tensors(express(module) if delegated else module), self._context
         )
         lowered = lower(lowered, delegated=delegated).eval()
+        written = None
+        wanted = delegated and self.options.convolutions == "int8" and is_convolutional(lowered)
+        if wanted and part.samples is not None:
+            lowered = quantize_convolutions(lowered, part.samples)
+            written = PictureByPicture(lowered)
         edge = self._lowered(part, lowered, inputs)
         program = edge.exported_program(method)
         self._programs[method] = program
@@ -123,12 +148,14 @@ class ExecutorchTarget:
         report.planned_memory = executable.executorch_program.execution_plan[0].non_const_buffer_sizes
         notes = (f"{method}: {report}",)
         given, made = _signature(program, part, inputs)
-        return Exported(path.name, (path.name,), given, made, notes=notes)
+        return Exported(path.name, (path.name,), given, made, notes=notes, module=written)
 
     def _lowered(
         self, part: Part, module: nn.Module, inputs: Mapping[str, tuple[Tensor, dict[int, Any]]]
     ) -> Any:
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+        from executorch.exir import to_edge, to_edge_transform_and_lower
+
+        method = METHODS[part.name]
 
         examples = tuple(example for example, _ in inputs.values())
         shapes = tuple(dynamic or None for _, dynamic in inputs.values())
@@ -136,33 +163,25 @@ class ExecutorchTarget:
             warnings.simplefilter("ignore")
             with DelegatedForms():
                 program = torch.export.export(module, examples, dynamic_shapes=shapes)
+            quantize_once(program.graph)
+            chosen = partitioners(self.options.backend, decoder=part.cache is not None)
+            if part.cache is not None and chosen:
+                # With all operators kept that the partitioner may ask for, the program is traced once instead
+                # of three times: minutes. What it does not take after all is in the report.
+                kept, _ = chosen[0].ops_to_not_decompose(program)
+                return to_edge({method: program}, compile_config=_compile_config(kept)).to_backend(
+                    {method: chosen[0]}
+                )
             return to_edge_transform_and_lower(
-                {METHODS[part.name]: program},
-                partitioner={METHODS[part.name]: self._partitioners(part)},
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                {method: program}, partitioner={method: chosen}, compile_config=_compile_config()
             )
-
-    def _partitioners(self, part: Part) -> list[Any]:
-        if self.options.backend == "portable":
-            return []
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir.backend.compile_spec_schema import CompileSpec
-        from executorch.exir.backend.partitioner import DelegationSpec
-
-        partitioner = XnnpackPartitioner()
-        if part.cache is not None:
-            # Of all passes over each delegate only that for linear layers: a decoder has nothing for the
-            # others, and half of its lowering would be theirs.
-            specs = [CompileSpec("dqlinear_partitioner", b"")]
-            partitioner.delegation_spec = DelegationSpec(partitioner.delegation_spec.backend_id, specs)
-        return [partitioner]
 
     def join(self, exported: Mapping[str, Exported], folder: Path, card: ModelCard) -> Mapping[str, Exported]:
         """One program with all methods and the constants that runners ask for.
 
         Raises MobileMMError when a method does not give there what it gave alone.
         """
-        executable = _executable(self._programs, constant_methods(card))
+        executable = _executable(self._programs, constant_methods(card), self.options.etrecord)
         _write(executable, folder / MODEL)
         for part, inputs, wanted in self._witnesses:
             found = self.run(part, replace(exported[part.name], file=MODEL), folder, inputs)
@@ -317,13 +336,30 @@ def _signature(
 # --- programs -----------------------------------------------------------------------------------------------
 
 
-def _executable(programs: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
-    """One program with these methods; keys and values get a memory of their own."""
-    from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig
+def _compile_config(kept: Sequence[Any] = ()) -> Any:
+    """Args:
+    kept: operators that are not decomposed.
+    """
+    from executorch.exir import EdgeCompileConfig
+
+    # Operators of dimensions' order would come with one more pass over the program, and are not needed.
+    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=list(kept))
+
+
+def _executable(
+    programs: Mapping[str, Any], constants: Mapping[str, Any], etrecord: Path | None = None
+) -> Any:
+    """One program with these methods; keys and values get a memory of their own.
+
+    Raises MobileMMError when they have not.
+    """
+    from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
     from executorch.exir.passes import MemoryPlanningPass
 
-    manager = EdgeProgramManager(dict(programs), dict(constants), EdgeCompileConfig(_check_ir_validity=False))
-    return manager.to_executorch(
+    cached = {name: _mutable_bytes(program) for name, program in programs.items()}
+    recorded = {name: _copied(program) for name, program in programs.items()} if etrecord else {}
+    manager = EdgeProgramManager(dict(programs), dict(constants), _compile_config())
+    executable = manager.to_executorch(
         ExecutorchBackendConfig(
             emit_stacktrace=False,
             emit_mutable_buffer_names=True,
@@ -332,6 +368,22 @@ def _executable(programs: Mapping[str, Any], constants: Mapping[str, Any]) -> An
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True),
         )
     )
+    for plan in executable.executorch_program.execution_plan:
+        if sum(plan.non_const_buffer_sizes[2:]) < cached.get(plan.name, 0):
+            raise MobileMMError(
+                f"method {plan.name!r}: its cache lies where other methods compute; this is a bug"
+            )
+    if etrecord is not None:
+        from executorch.devtools import generate_etrecord
+
+        edge = EdgeProgramManager(recorded, dict(constants), _compile_config())
+        generate_etrecord(etrecord, edge, executable)
+    return executable
+
+
+def _mutable_bytes(program: Any) -> int:
+    buffers = set(program.graph_signature.buffers_to_mutate.values())
+    return sum(program.state_dict[name].nbytes for name in buffers)
 
 
 def _copied(program: Any) -> Any:

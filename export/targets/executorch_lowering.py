@@ -7,6 +7,7 @@ in operators that it has. Quantized layers become the patterns that it recognize
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, Qu
 
 # Columns that share a scale, in XNNPACK's 4-bit kernels: multiples of this.
 GROUP = 32
+PAD = torch.ops.aten.pad.default
 
 
 def lower(module: nn.Module, *, delegated: bool) -> nn.Module:
@@ -55,7 +57,8 @@ def _lowered(module: nn.Module, delegated: bool) -> nn.Module | None:
         return LinearResidualNorm(module.weight, module.eps)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LinearLayerNorm(module)
-    if isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm2d":  # timm's, over channels
+    # Over channels: those of timm, and of MobileVLM V1.
+    if isinstance(module, nn.LayerNorm) and type(module).__name__ in ("LayerNorm2d", "ChannelLayerNorm"):
         return ChannelLayerNorm(module)
     eps = getattr(module, "variance_epsilon", None)  # of transformers' many classes of this make
     if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
@@ -246,6 +249,18 @@ class DynamicLinear(nn.Module):
         else:
             values = ops.dequantize_per_channel(*weight, 0, -128, 127, torch.int8)
         return F.linear(x, values, self.bias)
+
+
+def quantize_once(graph: torch.fx.Graph) -> None:
+    """Lets linear layers over one input share its quantization: queries, keys, values; gate and up."""
+    found: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        name = str(node.target)
+        if node.op == "call_function" and ("_per_token" in name or node.target in (operator.getitem, PAD)):
+            first = found.setdefault((node.target, node.args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
@@ -495,9 +510,9 @@ class Heads(nn.Module):
         attention.q_norm = attention.k_norm = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        flat = [project(x) for project in self.projections]
         q, k, v = (
-            project(x).view(1, -1, count, self.head_dim)
-            for project, count in zip(self.projections, self.counts, strict=True)
+            one.view(1, -1, count, self.head_dim) for one, count in zip(flat, self.counts, strict=True)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -155,6 +155,22 @@ def export(
             "--allow-fallback", rich_help_panel=EXECUTORCH, help="Let operators run that no backend takes."
         ),
     ] = False,
+    convolutions: Annotated[
+        str,
+        typer.Option(
+            "--convolutions",
+            rich_help_panel=EXECUTORCH,
+            help="Of convolutional encoders in int8: float32, or int8 with calibrated steps (loses much).",
+        ),
+    ] = "float32",
+    etrecord: Annotated[
+        Path | None,
+        typer.Option(
+            "--etrecord",
+            rich_help_panel=EXECUTORCH,
+            help="Also write an ETRecord there, for ExecuTorch's Inspector; no part of the bundle.",
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell parts, sizes, memory and time to expect.")
@@ -212,7 +228,12 @@ def export(
             "layout": coreml_layout,
             "prefill": prefill_length,
         },
-        "executorch": {"backend": backend, "allow_fallback": allow_fallback},
+        "executorch": {
+            "backend": backend,
+            "allow_fallback": allow_fallback,
+            "convolutions": convolutions,
+            "etrecord": etrecord,
+        },
     }
     targets = [find_target(name, **flags.get(name, {})) for name in names]
     if dry_run:
@@ -228,7 +249,7 @@ def export(
     with console.status("") as status:
 
         def tell(text: str) -> None:
-            if console.is_terminal:
+            if console.is_terminal and not text.startswith("warning:"):
                 status.update(text)
             elif "(" not in text:  # no line for each layer
                 console.print(text, highlight=False, soft_wrap=True)
