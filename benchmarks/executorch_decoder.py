@@ -100,8 +100,8 @@ def make_peer(llm: Path, work: Path, python: str) -> Path:
     folder = work / "optimum"
     path = folder / "model.pte"
     if not path.exists():
-        command = [python, "-m", "optimum.exporters.executorch", "--model", str(llm), *RECIPE]
-        subprocess.run([*command, "--output_dir", str(folder)], check=True)
+        command = [python, "-m", "optimum.commands.optimum_cli", "export", "executorch", "--model", str(llm)]
+        subprocess.run([*command, *RECIPE, "--output_dir", str(folder)], check=True)
     return path
 
 

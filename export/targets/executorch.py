@@ -41,7 +41,7 @@ from mobilemm.export.targets.executorch_lowering import (
     lower,
     quantize_once,
 )
-from mobilemm.export.targets.executorch_report import MethodReport, delegation
+from mobilemm.export.targets.executorch_report import MethodReport, delegates, delegation
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
 from mobilemm.runtime.backends.executorch import ExecutorchDecoder, ExecutorchProgram, look
@@ -137,6 +137,8 @@ class ExecutorchTarget:
         program = edge.exported_program(method)
         self._programs[method] = program
         self._reports[method] = report = delegation(program)
+        if self.options.etrecord is None:
+            forget_weights(program)
         if report.unexpected and not (self.options.allow_fallback or self.options.backend == "portable"):
             raise MobileMMError(
                 f"part {part.name!r}: {', '.join(report.unexpected)} would run on ExecuTorch's portable"
@@ -384,6 +386,17 @@ def _executable(
 def _mutable_bytes(program: Any) -> int:
     buffers = set(program.graph_signature.buffers_to_mutate.values())
     return sum(program.state_dict[name].nbytes for name in buffers)
+
+
+def forget_weights(program: Any) -> None:
+    """Leaves the shapes alone of weights that delegates hold once more, as they were before lowering."""
+    for delegate in delegates(program.graph_module):
+        for tensors in (delegate.original_module.state_dict, delegate.original_module.constants):
+            for name, tensor in tensors.items():
+                shape = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                tensors[name] = (
+                    nn.Parameter(shape, requires_grad=False) if isinstance(tensor, nn.Parameter) else shape
+                )
 
 
 def _copied(program: Any) -> Any:

@@ -114,6 +114,13 @@ def delegation(program: Any) -> MethodReport:
     return report
 
 
+def delegates(module: Any) -> Iterator[Any]:
+    """The lowered modules of a program's graph."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and hasattr(lowered := getattr(module, node.target), "backend_id"):
+            yield lowered
+
+
 def _operators(module: Any, report: MethodReport) -> Iterator[tuple[str, Any]]:
     """Backend and node of each operator."""
     for node in module.graph.nodes:

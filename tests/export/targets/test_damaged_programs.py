@@ -133,7 +133,7 @@ def next_schema(manifest: Any) -> None:
             longer_context,
             "method 'text_decoder': 'inputs_embeds' is float32 (1, 512, 64), where the manifest has",
         ),
-        (other_vocabulary, "'logits' is float32 (1, 1, 347), where the manifest has float32 '(1, 1, 355)'"),
+        (other_vocabulary, "'logits' is float32 (1, 1, 363), where the manifest has float32 '(1, 1, 371)'"),
         (other_end, "get_eos_ids says other tokens than the manifest"),
         (other_picture, "'image' is uint8 (1, 3, 32, 32), where the manifest has uint8 '(1, 3, 48, 48)'"),
         (further_part, "the method 'generator' of part 'generator' is missing"),
