@@ -53,9 +53,11 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "
     codes = torch.zeros(scales.shape[0] * block, weight.shape[0], dtype=torch.uint8)
     top = 2**scheme.bits - 1
     groups = (order // block).tolist()
+    threads = torch.get_num_threads()
     for start in range(0, columns, PANEL):
         end = min(start + PANEL, columns)
         errors = wanted[start:end]  # of columns that are done
+        torch.set_num_threads(1)  # a column is so short that threads would wait longer than they compute
         for index, place in enumerate(range(start, end)):
             group, column = groups[place], aims[place]
             # What the panel's errors before it have left to make up for. Adding each error to all columns
@@ -64,6 +66,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "
             code = (column / divisors[group]).round_().add_(zero_points[group]).clamp_(0, top)
             codes[order[place]] = code
             errors[index] -= code.sub_(zero_points[group]).mul_(scales[group])
+        torch.set_num_threads(threads)
         aims[end:].addmm_(factor[start:end, end:].T, errors)
     shape = (weight.shape[0], scales.shape[0], block)
     return QuantizedWeight.from_codes(

@@ -7,10 +7,9 @@ cache_position)`.
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,7 +40,16 @@ from mobilemm.export.targets.executorch_lowering import (
     lower,
     quantize_once,
 )
-from mobilemm.export.targets.executorch_report import MethodReport, delegates, delegation
+from mobilemm.export.targets.executorch_program import (
+    compile_config,
+    constant_methods,
+    copied,
+    executable_of,
+    forget_weights,
+    uncollected,
+    write_program,
+)
+from mobilemm.export.targets.executorch_report import MethodReport, delegation
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime import manifest
 from mobilemm.runtime.backends.executorch import ExecutorchDecoder, ExecutorchProgram, look
@@ -145,8 +153,8 @@ class ExecutorchTarget:
                 " kernels, which are slow: --allow-fallback exports all the same"
             )
         path = folder / f"{part.name}.pte"
-        executable = _executable({method: _copied(program)}, {})
-        _write(executable, path)
+        executable = executable_of({method: copied(program)}, {})
+        write_program(executable, path)
         report.planned_memory = executable.executorch_program.execution_plan[0].non_const_buffer_sizes
         notes = (f"{method}: {report}",)
         given, made = _signature(program, part, inputs)
@@ -158,12 +166,11 @@ class ExecutorchTarget:
         from executorch.exir import to_edge, to_edge_transform_and_lower
 
         method = METHODS[part.name]
-
         examples = tuple(example for example, _ in inputs.values())
         shapes = tuple(dynamic or None for _, dynamic in inputs.values())
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with DelegatedForms():
+            with DelegatedForms(), uncollected():
                 program = torch.export.export(module, examples, dynamic_shapes=shapes)
             quantize_once(program.graph)
             chosen = partitioners(self.options.backend, decoder=part.cache is not None)
@@ -171,11 +178,11 @@ class ExecutorchTarget:
                 # With all operators kept that the partitioner may ask for, the program is traced once instead
                 # of three times: minutes. What it does not take after all is in the report.
                 kept, _ = chosen[0].ops_to_not_decompose(program)
-                return to_edge({method: program}, compile_config=_compile_config(kept)).to_backend(
-                    {method: chosen[0]}
-                )
+                with uncollected():
+                    edge = to_edge({method: program}, compile_config=compile_config(kept))
+                return edge.to_backend({method: chosen[0]})
             return to_edge_transform_and_lower(
-                {method: program}, partitioner={method: chosen}, compile_config=_compile_config()
+                {method: program}, partitioner={method: chosen}, compile_config=compile_config()
             )
 
     def join(self, exported: Mapping[str, Exported], folder: Path, card: ModelCard) -> Mapping[str, Exported]:
@@ -183,8 +190,8 @@ class ExecutorchTarget:
 
         Raises MobileMMError when a method does not give there what it gave alone.
         """
-        executable = _executable(self._programs, constant_methods(card), self.options.etrecord)
-        _write(executable, folder / MODEL)
+        executable = executable_of(self._programs, constant_methods(card), self.options.etrecord)
+        write_program(executable, folder / MODEL)
         for part, inputs, wanted in self._witnesses:
             found = self.run(part, replace(exported[part.name], file=MODEL), folder, inputs)
             if not np.allclose(found, wanted, rtol=0, atol=1e-4 * float(np.abs(wanted).max())):
@@ -230,29 +237,6 @@ class ExecutorchTarget:
 
     def label(self, manifest: Manifest, folder: Path) -> Manifest:
         return manifest
-
-
-def constant_methods(card: ModelCard) -> dict[str, Any]:
-    """What ExecuTorch's runners ask a program: their limits, and how an answer ends.
-
-    The runner of 1.5 reads `get_eos_ids`; those of some vendors, and optimum-executorch, `get_eos_id`.
-    Source: extension/llm/runner/constants.h of ExecuTorch.
-    """
-    constants: dict[str, Any] = {
-        "get_max_seq_len": card.context_length,
-        "get_max_context_len": card.context_length,
-        "get_vocab_size": card.vocab_size,
-        "get_eos_ids": list(card.eos_token_ids),
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-        "image_placeholder_id": card.image_token_id,
-    }
-    if card.bos_token_id is not None:
-        constants["get_bos_id"] = card.bos_token_id
-    if card.eos_token_ids:
-        constants["get_eos_id"] = card.eos_token_ids[0]
-    return constants
 
 
 def _stored(part: str, plan: PartPlan) -> PartPlan:
@@ -333,78 +317,3 @@ def _signature(
     dynamic = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
     given = tuple(tensor(name, example, axes) for name, (example, axes) in inputs.items())
     return given, (tensor(part.outputs[0], value, dynamic),)
-
-
-# --- programs -----------------------------------------------------------------------------------------------
-
-
-def _compile_config(kept: Sequence[Any] = ()) -> Any:
-    """Args:
-    kept: operators that are not decomposed.
-    """
-    from executorch.exir import EdgeCompileConfig
-
-    # Operators of dimensions' order would come with one more pass over the program, and are not needed.
-    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=list(kept))
-
-
-def _executable(
-    programs: Mapping[str, Any], constants: Mapping[str, Any], etrecord: Path | None = None
-) -> Any:
-    """One program with these methods; keys and values get a memory of their own.
-
-    Raises MobileMMError when they have not.
-    """
-    from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
-    from executorch.exir.passes import MemoryPlanningPass
-
-    cached = {name: _mutable_bytes(program) for name, program in programs.items()}
-    recorded = {name: _copied(program) for name, program in programs.items()} if etrecord else {}
-    manager = EdgeProgramManager(dict(programs), dict(constants), _compile_config())
-    executable = manager.to_executorch(
-        ExecutorchBackendConfig(
-            emit_stacktrace=False,
-            emit_mutable_buffer_names=True,
-            # Without shared mutable buffers a runtime that has one arena for all methods lets one method's
-            # intermediate values overwrite another's keys and values.
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True),
-        )
-    )
-    for plan in executable.executorch_program.execution_plan:
-        if sum(plan.non_const_buffer_sizes[2:]) < cached.get(plan.name, 0):
-            raise MobileMMError(
-                f"method {plan.name!r}: its cache lies where other methods compute; this is a bug"
-            )
-    if etrecord is not None:
-        from executorch.devtools import generate_etrecord
-
-        edge = EdgeProgramManager(recorded, dict(constants), _compile_config())
-        generate_etrecord(etrecord, edge, executable)
-    return executable
-
-
-def _mutable_bytes(program: Any) -> int:
-    buffers = set(program.graph_signature.buffers_to_mutate.values())
-    return sum(program.state_dict[name].nbytes for name in buffers)
-
-
-def forget_weights(program: Any) -> None:
-    """Leaves the shapes alone of weights that delegates hold once more, as they were before lowering."""
-    for delegate in delegates(program.graph_module):
-        for tensors in (delegate.original_module.state_dict, delegate.original_module.constants):
-            for name, tensor in tensors.items():
-                shape = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                tensors[name] = (
-                    nn.Parameter(shape, requires_grad=False) if isinstance(tensor, nn.Parameter) else shape
-                )
-
-
-def _copied(program: Any) -> Any:
-    """A copy over the same tensors: what makes it executable changes a program."""
-    tensors = [*program.state_dict.values(), *program.constants.values()]
-    return copy.deepcopy(program, {id(tensor): tensor for tensor in tensors})
-
-
-def _write(executable: Any, path: Path) -> None:
-    with path.open("wb") as file:
-        executable.write_to_file(file)

@@ -25,6 +25,23 @@ DTYPES = {
 SIZES = {"8": 1, "t8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}
 
 
+# What operators are given, by letters: a tensor, an integer, a number, a bool, anything. The runtime trusts
+# that it is so, and ends the process where it is not.
+SIGNATURES = {
+    "aten::sym_size.int": "tii",
+    "aten::select_copy.int_out": "tiitt",
+    "aten::slice_copy.Tensor_out": "ti..itt",
+    "aten::unsqueeze_copy.out": "titt",
+    "aten::embedding.out": "ttibbtt",
+    "aten::_local_scalar_dense": "t.",
+    "llama::update_cache.out": "ttitt",
+    "llama::custom_sdpa.out": "ttti.nbntt",
+    "quantized_decomposed::embedding_4bit.dtype_out": "tt.iititt",
+    "quantized_decomposed::embedding_byte.dtype_out": "tt.iititt",
+}
+KINDS: dict[str, tuple[type, ...]] = {"i": (int,), "n": (int, float), "b": (bool,), ".": (object,)}
+
+
 class PteError(ValueError):
     """What is wrong with the file, for a message that names it."""
 
@@ -219,7 +236,7 @@ def _method(
         instructions = list(chain.tables(2))
         count += len(instructions)
         for one in instructions:
-            _instruction(one, len(operators), len(backends), len(instructions), indices)
+            _instruction(one, operators, len(backends), len(instructions), values, indices)
     return Method(
         name,
         tuple(values[index] for index in indices(plan.numbers(3, "<i"))),
@@ -232,15 +249,24 @@ def _method(
 
 
 def _instruction(
-    one: _Table, operators: int, delegates: int, count: int, indices: Callable[[Sequence[int]], object]
+    one: _Table,
+    operators: Sequence[str],
+    delegates: int,
+    count: int,
+    values: Sequence[Value],
+    indices: Callable[[Sequence[int]], Sequence[int]],
 ) -> None:
     kind, body = one.number(0, "<B"), one.table(1)
     if body is None or not 1 <= kind <= 5:
         raise PteError(f"an instruction of kind {kind} is unknown")
     first = body.number(0, "<i")
     if kind in (1, 2):  # of an operator, of a delegate
-        _within(first, operators if kind == 1 else delegates, "an operator or a delegate")
-        indices(body.numbers(1, "<i"))
+        _within(first, len(operators) if kind == 1 else delegates, "an operator or a delegate")
+        given = [values[index] for index in indices(body.numbers(1, "<i"))]
+        name = operators[first] if kind == 1 else "a delegate"
+        letters = SIGNATURES.get(name) if kind == 1 else "t" * len(given)
+        if letters is not None and not _is_given(letters, given):
+            raise PteError(f"{name[:60]} is not given what it takes")
     elif kind == 3:
         indices((first, body.number(1, "<i")))
     elif kind == 4:
@@ -248,6 +274,14 @@ def _instruction(
         _within(body.number(1, "<i"), count + 1, "an instruction")
     else:
         indices((first,))
+
+
+def _is_given(letters: str, given: Sequence[Value]) -> bool:
+    return len(letters) == len(given) and all(
+        isinstance(value, KINDS.get(letter, (TensorType,)))
+        and (letter in "b." or not isinstance(value, bool))
+        for letter, value in zip(letters, given, strict=True)
+    )
 
 
 def _value(one: _Table, planned: Sequence[int], constants: Sequence[int], constant_bytes: int) -> Value:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mobilemm.errors import MobileMMError
+from mobilemm.runtime import pte
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.pte import MOST_STEPS, PteError, read_pte
 from tests.runtime.tiny_bundle import rehash
@@ -82,6 +83,28 @@ def test_500_damaged_programs(in_executorch: Bundle, folder: Path) -> None:
     (folder / PROGRAM).write_bytes(data)
     rehash(folder)
     assert open_bundle(folder).manifest.parts.keys() == in_executorch.manifest.parts.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(1, "is not given what it takes"), (2, "a delegate is not given")]
+)
+def test_arguments_of_another_kind(folder: Path, kind: int, message: str) -> None:
+    """An integer where a tensor is wanted, which the runtime would end the process for."""
+    data = bytearray((folder / PROGRAM).read_bytes())
+    reader = pte._Reader(bytes(data[: struct.unpack_from("<Q", data, 16)[0]]))
+    program = pte._Table(reader, reader.follow(0))
+    plan = next(plan for plan in program.tables(1) if plan.text(0) == "text_decoder")
+    number = next(index for index, value in enumerate(plan.tables(2)) if value.number(0, "<B") == 2)
+    calls = (
+        one.table(1) for chain in plan.tables(5) for one in chain.tables(2) if one.number(0, "<B") == kind
+    )
+    call = next(call for call in calls if call is not None)
+    place = call._field(1)
+    assert place is not None
+    struct.pack_into("<i", data, reader.vector(place, 4)[0], number)
+    (folder / PROGRAM).write_bytes(data)
+    rehash(folder)
+    assert message in refused(folder)
 
 
 def edit(folder: Path, change: Callable[[Any], None]) -> None:

@@ -176,11 +176,11 @@ class Passer(nn.Module):
 def test_a_cache_in_the_arena_of_all_methods_is_no_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one method keeps is overwritten by another; `_executable` gives such a program to nobody."""
+    """What one method keeps is overwritten by another; `executable_of` gives such a program to nobody."""
     from executorch.exir import passes, to_edge
     from executorch.runtime import Runtime
 
-    from mobilemm.export.targets.executorch import _executable, _write
+    from mobilemm.export.targets.executorch_program import executable_of, write_program
 
     x = torch.arange(1.0, 65)
 
@@ -191,7 +191,7 @@ def test_a_cache_in_the_arena_of_all_methods_is_no_export(
         }
         edge = to_edge(programs)
         lowered = {name: edge.exported_program(name) for name in programs}
-        _write(_executable(lowered, {}), tmp_path / "two.pte")
+        write_program(executable_of(lowered, {}), tmp_path / "two.pte")
         program = Runtime.get().load_program(tmp_path / "two.pte")
         count, other = (program.load_method(name) for name in ("count", "pass"))
         count.execute([x])
@@ -203,7 +203,7 @@ def test_a_cache_in_the_arena_of_all_methods_is_no_export(
     monkeypatch.setattr(passes, "MemoryPlanningPass", lambda *, share_mutable_buffers, **rest: whole(**rest))
     with pytest.raises(MobileMMError, match="its cache lies where other methods compute"):
         second_sum()
-    monkeypatch.setattr("mobilemm.export.targets.executorch._mutable_bytes", lambda program: 0)
+    monkeypatch.setattr("mobilemm.export.targets.executorch_program.mutable_bytes", lambda program: 0)
     assert second_sum() != 128  # the trap itself
 
 
