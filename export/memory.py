@@ -38,6 +38,11 @@ def available_memory() -> int | None:
 def release() -> None:
     """Collects cycles, as exporters leave them behind, and returns freed memory to the system."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Returns freed memory to the system."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
         if trim is not None:

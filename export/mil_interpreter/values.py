@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from mobilemm.errors import MobileMMError, one_line
+from mobilemm.export.memory import trim
 from mobilemm.export.mil_interpreter.ops import Handler
 from mobilemm.export.mil_interpreter.program import Constant, ListType, Operation, TensorType, Type
 
 Precision = Literal["declared", "float32"]
+
+LARGE = 2**20
 
 # How values of a MIL type are held.
 TORCH = {
@@ -169,6 +172,8 @@ class ConstantStore:
         elif narrow and tensor.nbytes // 2 <= self._room[torch.float16]:
             self._room[torch.float16] -= tensor.nbytes // 2
             self._kept[key] = tensor = tensor.half()
+        if tensor.numel() > LARGE:
+            trim()  # what decompression took lies in pieces between what is kept
         return tensor
 
 

@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from mobilemm import __version__
+from mobilemm.cli.bench import bench
 from mobilemm.cli.chat import chat
+from mobilemm.cli.compare import compare
 from mobilemm.cli.doctor import doctor
 from mobilemm.cli.export import export
 from mobilemm.cli.inspect import inspect
@@ -31,6 +33,8 @@ app = typer.Typer(
 app.command()(export)
 app.command()(verify)
 app.command()(run)
+app.command()(bench)
+app.command()(compare)
 app.command()(chat)
 app.command()(inspect)
 app.command()(push)

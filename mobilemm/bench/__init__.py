@@ -1,0 +1,1 @@
+"""What a bundle costs where it runs: time, memory, energy, each figure beside its physical limit."""

@@ -1,0 +1,202 @@
+"""A bundle measured on this computer: what the runner finds, beside what this machine could do at best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mobilemm import __version__
+from mobilemm.bench import machine
+from mobilemm.bench.limits import Rates, decode_limit, load_limit, prefill_limit
+from mobilemm.bench.result import BundleFacts, Figure, Limit, Machine, Result, Settings, Unit
+from mobilemm.errors import MobileMMError, one_line
+from mobilemm.runtime.bundle import Bundle, open_bundle
+
+# Each in a fresh process, which is what makes them slow.
+LOADS = 3
+
+WHAT = {
+    "load_cold": "load, files not in memory",
+    "load_warm": "load, files in memory",
+    "image": "photo: decode and resize",
+    "vision": "photo: encoder and projector",
+    "ttft": "photo's bytes to first token",
+    "prefill": "read a prompt",
+    "decode": "write",
+    "token": "write one token",
+    "energy": "energy of one token",
+}
+
+
+@dataclass
+class Found:
+    """What runners told."""
+
+    figures: dict[str, tuple[Unit, list[float]]] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    runtime: str = ""
+
+    def take(self, line: dict[str, Any], names: dict[str, str]) -> None:
+        """One line; `names` renames figures."""
+        if "figure" in line:
+            name = names.get(line["figure"], line["figure"])
+            self.figures.setdefault(name, (line["unit"], []))[1].extend(line["runs"])
+        elif "peak" in line:
+            self.peaks[line["peak"]] = max(line["bytes"], self.peaks.get(line["peak"], 0))
+        elif "done" in line:
+            self.runtime = line["done"]
+
+
+def bench_here(
+    folder: Path, settings: Settings, report: Callable[[str], None] = lambda _: None, device: str = "host"
+) -> Result:
+    """Measures a bundle. Raises MobileMMError when it is damaged, or a part cannot be run."""
+    bundle = open_bundle(folder)
+    threads = settings.threads or machine.cores()
+    report("measuring the machine")
+    rates = Rates(machine.read_bandwidth(threads), machine.operation_rate(threads))
+    before = machine.condition()
+    found = Found()
+    for turn in range(LOADS):
+        if not drop_from_memory(bundle):
+            break
+        report(f"loading, cold ({turn + 1}/{LOADS})")
+        _run(bundle, "load", settings, found, {"load": "load_cold"})
+    for turn in range(LOADS - 1):
+        report(f"loading, warm ({turn + 1}/{LOADS})")
+        _run(bundle, "load", settings, found, {"load": "load_warm"})
+    report("measuring")
+    _run(bundle, "all", settings, found, {"load": "load_warm"})
+    return _result(bundle, settings, rates, before, found, device)
+
+
+def drop_from_memory(bundle: Bundle) -> bool:
+    """Asks the system to forget what it holds of the bundle's files; False where it cannot be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in bundle.manifest.files:
+        descriptor = os.open(bundle.path(file.path), os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def _run(bundle: Bundle, what: str, settings: Settings, found: Found, names: dict[str, str]) -> None:
+    request = {"bundle": str(bundle.folder.resolve()), "what": what, "settings": settings.model_dump()}
+    command = [sys.executable, "-m", "mobilemm.bench.runner"]
+    for line in runner_lines(command, request):
+        found.take(line, names)
+
+
+def runner_lines(command: list[str], request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a runner tells, line by line. Raises MobileMMError for what it calls an error, or when it dies."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        # Little is said on stderr, and read when all is over.
+        out, said = process.communicate(json.dumps(request))
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    done = False
+    for text in out.splitlines():
+        line = json.loads(text)
+        if "error" in line:
+            raise MobileMMError(line["error"])
+        done = done or "done" in line
+        yield line
+    if process.returncode or not done:
+        last = said.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        raise MobileMMError(f"the measuring process ended early: {one_line(last[0])}")
+
+
+def _result(
+    bundle: Bundle, settings: Settings, rates: Rates, before: Any, found: Found, device: str
+) -> Result:
+    manifest = bundle.manifest
+    digest = hashlib.sha256((bundle.folder / "manifest.json").read_bytes()).hexdigest()
+    facts = BundleFacts(
+        name=manifest.model.name,
+        target=manifest.target,
+        digest=digest,
+        bytes=sum(file.bytes for file in manifest.files),
+        parts={name: part.bytes for name, part in manifest.parts.items()},
+        bits={name: part.quantization.bits for name, part in manifest.parts.items()},
+    )
+    # A table that two parts share is one file.
+    files = {file for part in manifest.parts.values() for file in part.files}
+    weights = sum(file.bytes for file in manifest.files if file.path in files)
+    limits: dict[str, Limit] = {
+        "prefill": prefill_limit(manifest, settings, rates),
+        "decode": decode_limit(manifest, settings, rates),
+        "load_warm": load_limit(weights, rates),
+    }
+    labels = {"prefill": f"pp{settings.prompt_tokens}", "decode": f"tg{settings.new_tokens}"}
+    figures = [
+        Figure(
+            name=labels.get(name, name),
+            what=WHAT[name],
+            unit=found.figures[name][0],
+            runs=found.figures[name][1],
+            limit=limits.get(name),
+        )
+        for name in WHAT
+        if name in found.figures
+    ]
+    figures += [
+        Figure(name=f"memory_{phase}", what=f"peak memory: {phase}", unit="B", runs=[float(size)])
+        for phase, size in found.peaks.items()
+    ]
+    if found.peaks:
+        most = float(max(found.peaks.values()))
+        figures.append(Figure(name="memory", what="peak memory of the process", unit="B", runs=[most]))
+    absent = {}
+    if "energy" not in found.figures:
+        absent["energy"] = "no counter of the processor's energy can be read"
+    if not found.peaks:
+        absent["memory"] = "this system does not count a process' peak"
+    if "load_cold" not in found.figures:
+        absent["load_cold"] = "this system cannot be asked to forget files"
+    if manifest.target == "coreml" and sys.platform != "darwin":
+        absent["Core ML"] = "these are figures of the reference interpreter; Core ML runs on Apple's systems"
+    if "vision" in manifest.parts:
+        absent["projector"] = "it is part of the vision program"
+    return Result(
+        mobilemm=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=device,
+        runtime=found.runtime,
+        machine=Machine(
+            system=f"{platform.system()} {platform.release()} {platform.machine()}",
+            processor=machine.processor(),
+            cores=machine.cores(),
+            memory=machine.memory(),
+            bandwidth=rates.bandwidth,
+            operations=rates.operations,
+            before=before,
+            after=machine.condition(),
+        ),
+        bundle=facts,
+        settings=settings,
+        figures=figures,
+        absent=absent,
+    )
