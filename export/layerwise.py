@@ -16,6 +16,7 @@ from mobilemm.export.awq import smooth
 from mobilemm.export.decoder import Decoder, DecoderLayer, EagerCache
 from mobilemm.export.gptq import gptq
 from mobilemm.export.memory import page_out
+from mobilemm.export.palettes import palettize
 from mobilemm.export.quantization import PartPlan, QuantizedLinear, QuantizedWeight, WeightScheme
 from mobilemm.export.quantizers import check_finite, quantize
 
@@ -55,14 +56,16 @@ def quantize_decoder(
         for index in range(len(decoder.layers))
         for name, _ in linears(decoder.layers[index])
     ]
-    needing = [name for name in (*names, "lm_head") if needs_data(plan.scheme(name))]
+    schemes = {name: plan.scheme(name) for name in (*names, "lm_head")}
+    needing = [name for name, scheme in schemes.items() if needs_data(scheme)]
     if needing and calibration is None:
         method = plan.scheme(needing[0]).method
         raise MobileMMError(
             f"{needing[0]}: the method {method!r} needs calibration data; give some, or use --q-method hqq"
         )
     count = len(decoder.layers) + 1
-    stream = None if calibration is None or not needing else Stream.start(decoder, calibration)
+    wanting = any(uses_data(scheme) for scheme in schemes.values())
+    stream = None if calibration is None or not wanting else Stream.start(decoder, calibration)
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
         if progress is not None:
@@ -81,7 +84,7 @@ def quantize_decoder(
     scheme = plan.scheme("lm_head")
     if scheme.quantized:
         hessian = None
-        if stream is not None and scheme.method == "gptq":
+        if stream is not None and scheme.method in ("gptq", "kmeans"):
             hessian = torch.zeros(decoder.lm_head.in_features, decoder.lm_head.in_features)
             for hidden, residual in stream.batches():
                 normed, _ = decoder.norm(hidden, residual)
@@ -172,8 +175,13 @@ def linears(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def needs_data(scheme: WeightScheme) -> bool:
-    """Whether the scheme's method looks at calibration data."""
+    """Whether the scheme's method cannot do without calibration data."""
     return scheme.quantized and scheme.method in ("gptq", "awq")
+
+
+def uses_data(scheme: WeightScheme) -> bool:
+    """Whether the scheme's method looks at calibration data where there is some."""
+    return needs_data(scheme) or scheme.palette
 
 
 def load_parameters(module: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
@@ -190,7 +198,7 @@ def load_parameters(module: nn.Module, weights: Mapping[str, Tensor], prefix: st
 def _quantize_layer(layer: DecoderLayer, prefix: str, plan: PartPlan, stream: Stream | None) -> None:
     schemes = {name: plan.scheme(prefix + name) for name, _ in linears(layer)}
     hessians: dict[str, Tensor] = {}
-    if stream is not None and any(needs_data(scheme) for scheme in schemes.values()):
+    if stream is not None and any(uses_data(scheme) for scheme in schemes.values()):
         hessians = stream.hessians(layer)
     if any(scheme.quantized and scheme.method == "awq" for scheme in schemes.values()):
         smooth(layer, hessians, schemes)
@@ -205,7 +213,12 @@ def _quantize_layer(layer: DecoderLayer, prefix: str, plan: PartPlan, stream: St
 def quantize_linear(
     linear: nn.Linear, scheme: WeightScheme, name: str, hessian: Tensor | None = None
 ) -> QuantizedLinear:
-    """A linear layer quantized by the scheme's method; `hessian` is XᵀX over its inputs, for "gptq"."""
+    """A linear layer quantized by the scheme's method.
+
+    `hessian` is XᵀX over its inputs: for "gptq", and for "kmeans" its diagonal.
+    """
     if scheme.method == "gptq" and hessian is not None:
         return QuantizedLinear(gptq(linear.weight, hessian, scheme, name=name), linear.bias)
+    if scheme.palette and hessian is not None:
+        return QuantizedLinear(palettize(linear.weight, scheme, hessian.diagonal(), name), linear.bias)
     return QuantizedLinear(quantize(linear.weight, scheme, name), linear.bias)

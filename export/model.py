@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mobilemm.export import verify
@@ -85,7 +86,12 @@ class Model:
     def encode(self, sample: CalibrationSample) -> tuple[list[int], list[Any]]:
         """Ids and pixels, uint8 (3, height, width) each, of a conversation."""
         ids = self.tokenizer.encode(sample.messages, add_generation_prompt=False)
-        return ids, [to_pixels(path, self.split.image) for path in sample.files]
+        return ids, [self.pixels(path) for path in sample.files]
+
+    def pixels(self, picture: Path) -> NDArray[np.uint8]:
+        """A picture as the vision part takes it, (3, height, width)."""
+        assert self.split.image is not None
+        return to_pixels(picture, self.split.image)
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int], pictures: Sequence[Any]) -> Tensor:
@@ -107,20 +113,19 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
     from mobilemm.models.checkpoints import load
     from mobilemm.models.checkpoints.default import default_model_folder
     from mobilemm.models.checkpoints.reading import resolve_folder
+    from mobilemm.models.checkpoints.text_model import is_text_model, load_text_model
 
     folder = default_model_folder() if source is None else resolve_folder(source)
     report(f"reading {folder}")
-    loaded = load(str(folder))
-    split = split_model(loaded.model, loaded.processor, options.image_size)
+    model, processor = load_text_model(folder) if is_text_model(folder) else load(str(folder))
+    split = split_model(model, processor, options.image_size)
     prompt = derive_prompt(split)
     tokenizer = PromptTokenizer(
         split.processor.tokenizer.backend_tokenizer, prompt, split.image_token_id, split.num_image_tokens
     )
     name = options.name or ("mobilemm-default" if source is None else Path(source).name)
     text = _license_text(folder)
-    opened = Model(
-        name, split, {}, prompt, tokenizer, folder_digest(folder), loaded.model, _license(folder), text
-    )
+    opened = Model(name, split, {}, prompt, tokenizer, folder_digest(folder), model, _license(folder), text)
     return opened.with_context(options.context_length)
 
 

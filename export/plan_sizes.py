@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mobilemm.export.decoder import Decoder
-from mobilemm.export.layerwise import needs_data
+from mobilemm.export.layerwise import uses_data
 from mobilemm.export.memory import available_memory
 from mobilemm.export.model import Model, open_model
 from mobilemm.export.options import ExportOptions
@@ -76,7 +76,7 @@ def estimate_of(model: Model, target: Target, options: ExportOptions) -> Estimat
         seconds += SECONDS_PER_PART
         if plan.default.quantized:
             seconds += parameters / ROUNDED_PER_SECOND
-        if isinstance(part.module, Decoder) and needs_data(plan.default):
+        if isinstance(part.module, Decoder) and uses_data(plan.default):
             seconds += 4 * parameters * CALIBRATION_TOKENS / CALIBRATED_FLOPS
         largest = max(largest, target.memory_factor * size)
     return Estimate(tuple(parts), int(BASE_MEMORY + largest), seconds)

@@ -1,7 +1,8 @@
 """What is quantized, how far and how: one plan for all targets, and weights as they are stored.
 
 The layout is that of onnxruntime's MatMulNBits: each row (an output channel) is cut into blocks of columns,
-each block has a scale and a zero point, and `weight = (code - zero_point) * scale`.
+each block has a scale and a zero point, and `weight = (code - zero_point) * scale`. Or, of a palette, a few
+rows share a table of as many weights as there are codes, and `weight = table[code]`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from torch import Tensor, nn
 from mobilemm.errors import MobileMMError
 
 Bits = Literal[4, 6, 8, 16, 32]
-Method = Literal["rtn", "hqq", "gptq", "awq"]
-Activations = Literal["float32", "float16", "int8"]
+Method = Literal["rtn", "hqq", "gptq", "awq", "kmeans"]
+Activations = Literal["float32", "float16", "int8", "int8-static"]
 
 PARTS = ("vision", "embed", "decoder", "output_projector", "generator")
 """The parts of a model that a plan speaks of."""
 
 WORDS: Mapping[str, Bits] = {"int4": 4, "int6": 6, "int8": 8, "fp16": 16, "fp32": 32}
 """The command line's words for a precision."""
+
+PALETTES: Mapping[str, Bits] = {"pal4": 4, "pal6": 6}
+"""Its words for weights that are looked up in tables, for runtimes that have them."""
+
+W8A8 = "w8a8"
+"""Its word for an encoder in int8 throughout, the steps of its activations found beforehand."""
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -36,9 +43,11 @@ class WeightScheme:
 
     Attributes:
         bits: of a code; 16 and 32 are float16 and float32, where nothing else applies.
-        block_size: columns that share a scale; None is the whole row.
+        block_size: columns that share a scale; None is the whole row. Of a palette, the most rows that share
+            a table; None is the whole matrix.
         symmetric: the zero point is 2^(bits-1) everywhere, and not stored.
-        method: "rtn" (round to nearest), "hqq", "gptq" or "awq" (see `mobilemm.export.quantizers`).
+        method: "rtn" (round to nearest), "hqq", "gptq" or "awq" (see `mobilemm.export.quantizers`); "kmeans"
+            makes palettes.
         positive: scales of symmetric blocks are above zero, for kernels that take no others.
     """
 
@@ -59,6 +68,13 @@ class WeightScheme:
             raise MobileMMError(
                 f"the method {self.method!r} is not known; choose from {_listed(get_args(Method))}"
             )
+        if self.palette and self.bits not in PALETTES.values():
+            raise MobileMMError(f"palettes have 4 or 6 bits, not {self.bits}")
+
+    @property
+    def palette(self) -> bool:
+        """Whether codes stand for weights in a table."""
+        return self.method == "kmeans"
 
     @property
     def quantized(self) -> bool:
@@ -69,6 +85,8 @@ class WeightScheme:
         """Bytes that a matrix of this size takes."""
         if not self.quantized:
             return rows * columns * self.bits // 8
+        if self.palette:
+            return rows * columns * self.bits // 8 + 2 * rows // rows_of_table(self, rows) * 2**self.bits
         block = block_length(self.block_size, columns)
         blocks = math.ceil(columns / block)
         zero_points = 0 if self.symmetric else rows * math.ceil(blocks * _stored_bits(self.bits) / 8)
@@ -85,7 +103,8 @@ class PartPlan:
     Attributes:
         default: the scheme of every layer that no exception names.
         exceptions: (pattern of layer names, scheme), the first that fits decides: `layers.0.*`, `*.down`.
-        activations: what the part computes with; "int8" is quantized anew at each run.
+        activations: what the part computes with; "int8" is quantized anew at each run, "int8-static" with
+            steps that calibration has found, in linear layers and convolutions.
         own_head: a decoder's head is quantized by this plan also where it is the embedding's table: for
             runtimes that cannot share it.
     """
@@ -132,6 +151,7 @@ class QuantizationPlan:
 
 
 INT4_BLOCK = 128
+PALETTE_ROWS = 16
 TABLE_BLOCK: Mapping[Bits, int] = {4: 32, 6: 128, 8: 128}
 
 
@@ -154,19 +174,28 @@ def make_plan(
     llama.cpp's Q4_0 is 0.42, of rounding at block 32 throughout 0.49.
 
     Args:
-        llm, embed, vision, generator: "int4", "int6", "int8", "fp16" or "fp32"; `embed` left out is as `llm`.
-        method: "gptq", "hqq", "rtn" or "awq" of the language model; left out, GPTQ below 8 bits.
-        block_size: 16 to 256, of the language model; left out, 128, and 32 for the embedding at 4 bits.
+        llm, embed, vision, generator: "int4", "int6", "int8", "fp16" or "fp32", and "pal4" or "pal6" for
+            palettes, "w8a8" for a vision encoder in int8 throughout; `embed` left out is as `llm`.
+        method: "gptq", "hqq", "rtn" or "awq" of the language model; left out, GPTQ below 8 bits. Palettes
+            have one of their own.
+        block_size: 16 to 256, of the language model; left out, 128, and 32 for the embedding at 4 bits; 16
+            rows of a palette.
         symmetric: whether the language model does without zero points.
-        keep: decoder layers that are stored otherwise, "PATTERN=BITS": "layers.0.*=8", "*.down=int8".
+        keep: decoder layers that are stored otherwise, "PATTERN=BITS": "layers.0.*=8", "*.down=pal6".
 
     Raises MobileMMError naming the flag that is wrong.
     """
-    llm_bits = _bits(llm, "--q-llm")
-    embed_bits = _bits(embed, "--q-embed") if embed is not None else llm_bits
     size = INT4_BLOCK if block_size is None else block_size
+    if method == "kmeans":
+        raise MobileMMError("--q-method kmeans: is that of palettes; ask for them by --q-llm pal4 or pal6")
 
-    def scheme(bits: Bits) -> WeightScheme:
+    def palette(word: str, rows: int | None = None) -> WeightScheme:
+        return WeightScheme(PALETTES[word], rows or PALETTE_ROWS, method="kmeans")
+
+    def scheme(word: str, flag: str) -> WeightScheme:
+        if word in PALETTES:
+            return palette(word, block_size)
+        bits = _bits(word, flag)
         if bits > 8:
             return WeightScheme(bits, None)
         # Eight bits lose next to nothing however they are rounded.
@@ -174,13 +203,18 @@ def make_plan(
         return WeightScheme(bits, size, symmetric if bits < 8 else True, chosen)  # type: ignore[arg-type]
 
     def encoder(word: str, flag: str) -> PartPlan:
+        if word in PALETTES:
+            return PartPlan(palette(word))
+        if word == W8A8 and flag == "--q-vision":
+            return PartPlan(WeightScheme(8, None), activations="int8-static")
         bits = _bits(word, flag)
         if bits == 8:
             return PartPlan(WeightScheme(8, None), activations="int8")
         return PartPlan(WeightScheme(bits, INT4_BLOCK) if bits < 8 else WeightScheme(bits, None))
 
-    table = scheme(embed_bits)
-    if table.quantized:
+    decoder = scheme(llm, "--q-llm")
+    table = decoder if embed is None else scheme(embed, "--q-embed")
+    if table.quantized and not table.palette:
         # A table is looked up: there are no inputs to calibrate on. It takes smaller blocks instead.
         table_method: Method = "hqq" if method == "hqq" else "rtn"
         table = replace(table, block_size=block_size or TABLE_BLOCK[table.bits], method=table_method)
@@ -189,18 +223,18 @@ def make_plan(
         {
             "vision": encoder(vision, "--q-vision"),
             "embed": PartPlan(table),
-            "decoder": PartPlan(scheme(llm_bits), tuple(exceptions)),
+            "decoder": PartPlan(decoder, tuple(exceptions)),
             "output_projector": encoder(generator, "--q-generator"),
             "generator": encoder(generator, "--q-generator"),
         }
     )
 
 
-def _kept(text: str, scheme: Callable[[Bits], WeightScheme]) -> tuple[str, WeightScheme]:
+def _kept(text: str, scheme: Callable[[str, str], WeightScheme]) -> tuple[str, WeightScheme]:
     pattern, equals, word = (piece.strip() for piece in text.rpartition("="))
     if not equals or not pattern or not word:
         raise MobileMMError(f"--q-keep {text!r}: must be PATTERN=BITS, such as 'layers.0.*=8'")
-    return pattern, scheme(_bits(word, f"--q-keep {text!r}"))
+    return pattern, scheme(word, f"--q-keep {text!r}")
 
 
 def _bits(word: str, flag: str) -> Bits:
@@ -209,7 +243,22 @@ def _bits(word: str, flag: str) -> Bits:
     by_number = {str(bits): bits for bits in WORDS.values()}
     if flag.startswith("--q-keep") and word in by_number:
         return by_number[word]
-    raise MobileMMError(f"{flag}: {word!r} is no precision; choose from {_listed(WORDS)}")
+    raise MobileMMError(f"{flag}: {word!r} is no precision; choose from {_listed([*WORDS, *PALETTES])}")
+
+
+def refuse_coreml_only(plan: QuantizationPlan, target: str) -> None:
+    """Raises MobileMMError when a plan has what this target's runtime does not know: palettes, w8a8."""
+    for name, part in plan.parts.items():
+        if part.activations == "int8-static":
+            raise MobileMMError(
+                f"--target {target}: {name!r} in w8a8 is not possible, it is for --target coreml; choose int8"
+            )
+        for scheme in (part.default, *(scheme for _, scheme in part.exceptions)):
+            if scheme.palette:
+                raise MobileMMError(
+                    f"--target {target}: {name!r} in pal{scheme.bits} is not possible, palettes are for"
+                    f" --target coreml alone; choose int4 or int8"
+                )
 
 
 # --- weights as they are stored --------------------------------------------------------------------------
@@ -227,6 +276,8 @@ class QuantizedWeight:
         bits: 4, 6 or 8.
         block_size: columns in a block.
         shape: (rows, columns), without padding.
+        palette: float32 (tables, 2^bits), in float16's precision: row r is looked up in table
+            r // (rows / tables). Then the row is one block, and scales and zero points mean nothing.
     """
 
     packed: Tensor
@@ -235,6 +286,16 @@ class QuantizedWeight:
     bits: int
     block_size: int
     shape: tuple[int, int]
+    palette: Tensor | None = None
+
+    @classmethod
+    def from_palette(cls, codes: Tensor, palette: Tensor, bits: int) -> QuantizedWeight:
+        """From codes, uint8 (rows, columns), and the tables, float32 (tables, 2^bits)."""
+        rows, columns = codes.shape
+        scales = torch.ones(rows, 1)
+        padded = nn.functional.pad(codes, (0, columns % 2))[:, None]
+        made = cls.from_codes(padded, scales, None, bits, padded.shape[2])
+        return replace(made, shape=(rows, columns), palette=palette)
 
     @classmethod
     def from_codes(
@@ -257,6 +318,10 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """float32 (rows, columns)."""
+        if self.palette is not None:
+            codes = self.codes()[:, 0, : self.shape[1]].unflatten(0, (len(self.palette), -1))
+            pieces = zip(self.palette, codes, strict=True)
+            return torch.cat([table[rows.int()] for table, rows in pieces])
         weight = self.codes().to(torch.float32)
         if self.zero_points is None:
             weight -= 2 ** (self.bits - 1)
@@ -267,7 +332,9 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, float32 scales, and zero points packed as the codes are."""
+        """Bytes of codes, float32 scales, and zero points packed as the codes are; tables in float16."""
+        if self.palette is not None:
+            return math.ceil(self.shape[0] * self.shape[1] * self.bits / 8) + 2 * self.palette.numel()
         rows, blocks = self.scales.shape
         zero_points = (
             0 if self.zero_points is None else rows * math.ceil(blocks * _stored_bits(self.bits) / 8)
@@ -284,6 +351,7 @@ class QuantizedLinear(nn.Module):
     packed: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    palette: Tensor | None
     bias: Tensor | None
     bits: int
     block_size: int
@@ -313,6 +381,7 @@ class QuantizedEmbedding(nn.Module):
     packed: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    palette: Tensor | None
     bits: int
     block_size: int
 
@@ -330,11 +399,15 @@ class QuantizedEmbedding(nn.Module):
         """The rows of these ids."""
         rows = ids.flatten()
         zero_points = None if self.zero_points is None else self.zero_points[rows]
+        palette = self.palette
+        if palette is not None:
+            palette = palette[rows // (self.num_embeddings // len(palette))]
         chosen = replace(
             self.quantized,
             packed=self.packed[rows],
             scales=self.scales[rows],
             zero_points=zero_points,
+            palette=palette,
             shape=(len(rows), self.embedding_dim),
         )
         return chosen.dequantize().reshape(*ids.shape, self.embedding_dim)
@@ -344,6 +417,7 @@ def _register(module: QuantizedLinear | QuantizedEmbedding, weight: QuantizedWei
     module.register_buffer("packed", weight.packed)
     module.register_buffer("scales", weight.scales)
     module.register_buffer("zero_points", weight.zero_points)
+    module.register_buffer("palette", weight.palette)
     module.bits, module.block_size = weight.bits, weight.block_size
 
 
@@ -355,12 +429,19 @@ def _registered(module: QuantizedLinear | QuantizedEmbedding, shape: tuple[int, 
         module.bits,
         module.block_size,
         shape,
+        module.palette,
     )
 
 
 def block_length(block_size: int | None, columns: int) -> int:
     """Columns in a block: the scheme's, or for whole rows their length, made even for packing."""
     return block_size or columns + columns % 2
+
+
+def rows_of_table(scheme: WeightScheme, rows: int) -> int:
+    """Rows that share a table of a palette: a divisor of all rows, not above what the scheme says."""
+    most = min(scheme.block_size or rows, rows)
+    return next(size for size in range(most, 0, -1) if rows % size == 0)
 
 
 def _stored_bits(bits: int) -> int:

@@ -21,7 +21,7 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export import verify
 from mobilemm.export.calibration import CalibrationSample, default_calibration
 from mobilemm.export.decoder import Decoder, EagerCache
-from mobilemm.export.layerwise import needs_data, quantize_decoder
+from mobilemm.export.layerwise import quantize_decoder, uses_data
 from mobilemm.export.memory import page_out
 from mobilemm.export.model import Model, Report
 from mobilemm.export.options import ExportOptions
@@ -34,8 +34,10 @@ from mobilemm.export.quantization import (
 )
 from mobilemm.export.quantizers import quantize
 from mobilemm.export.sensitivity import measure_damage, spend
+from mobilemm.export.static_quantization import quantize_activations, quantize_convolutions
 
 CALIBRATION_TOKENS, CALIBRATION_LENGTH = 4096, 256
+CALIBRATION_PICTURES = 16
 # Beyond this many weights half as many: the time goes with both.
 LARGE_DECODER = 500_000_000
 # Headroom of an int8 cache beyond the largest key and value that calibration has shown.
@@ -87,7 +89,18 @@ class QuantizedParts:
                 bias = None if linear.bias is None else linear.bias.detach().float()
                 setattr(module.get_submodule(owner), last, QuantizedLinear(weight, bias))
                 page_out(linear.weight.detach())
-        return verify.with_weights(module, part.weights), plan
+        if plan.activations != "int8-static":
+            return verify.with_weights(module, part.weights), plan
+        self.report(f"{name}: measuring what its layers are fed")
+        quantize_convolutions(module, plan, name)
+        module = verify.with_weights(module, part.weights)
+        pictures = [path for sample in self.samples for path in sample.files][:CALIBRATION_PICTURES]
+
+        def look(module: nn.Module, index: int) -> None:
+            module(torch.from_numpy(self.model.pixels(pictures[index])[None]))
+
+        quantize_activations(module, look, len(pictures), name)
+        return module, plan
 
     def _decoder(self, part: Part, plan: PartPlan) -> tuple[nn.Module, PartPlan]:
         assert isinstance(part.module, Decoder)
@@ -117,7 +130,7 @@ class QuantizedParts:
         budget, report = self.options.budget, self.report
         head = self._table() if decoder.spec.tied and not plan.own_head else None
         data = None
-        if budget is not None or any(needs_data(plan.scheme(name)) for name in names):
+        if budget is not None or any(uses_data(plan.scheme(name)) for name in names):
             data = calibration_embeddings(self.model, self.samples)
         if budget is not None and data is not None:
             report(f"{part.name}: measuring which layers suffer most")
@@ -189,13 +202,10 @@ def _restore(path: Path, decoder: Decoder, fingerprint: str) -> PartPlan | None:
     except (FileNotFoundError, SafetensorError, KeyError, ValidationError):
         return None
     for name, (bits, block, rows, columns) in json.loads(facts["layers"]).items():
-        found = {
-            key: tensors.pop(f"{name}.{key}", None) for key in ("packed", "scales", "zero_points", "bias")
-        }
-        weight = QuantizedWeight(
-            found["packed"], found["scales"], found["zero_points"], bits, block, (rows, columns)
-        )
-        decoder.set_submodule(name, QuantizedLinear(weight, found["bias"]))
+        keys = ("packed", "scales", "zero_points", "palette", "bias")
+        packed, scales, zero_points, palette, bias = (tensors.pop(f"{name}.{key}", None) for key in keys)
+        weight = QuantizedWeight(packed, scales, zero_points, bits, block, (rows, columns), palette)
+        decoder.set_submodule(name, QuantizedLinear(weight, bias))
     for name, value in tensors.items():
         owner, _, last = name.rpartition(".")
         setattr(decoder.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))

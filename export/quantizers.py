@@ -27,7 +27,7 @@ Parameters = tuple[Tensor, Tensor]
 
 
 def quantize(weight: Tensor, scheme: WeightScheme, name: str = "weight") -> QuantizedWeight:
-    """A matrix without looking at data: by "hqq", or by round to nearest for every other method.
+    """A matrix without looking at data: by "hqq", by "kmeans", or round to nearest for every other method.
 
     Args:
         weight: floating point (rows, columns).
@@ -38,6 +38,10 @@ def quantize(weight: Tensor, scheme: WeightScheme, name: str = "weight") -> Quan
     """
     if scheme.method == "hqq":
         return hqq(weight, scheme, name=name)
+    if scheme.palette:
+        from mobilemm.export.palettes import palettize
+
+        return palettize(weight, scheme, name=name)
     # Least squared error, all columns alike, does a whole model more harm than good: it clips the few large
     # weights, which lie in the columns that matter. SmolLM2-135M at 4 bits, symmetric, block 128, mean KL to
     # fp32: 0.55 with the plain range, 0.65 with the search.

@@ -19,7 +19,7 @@ from mobilemm.export.layerwise import (
     needs_data,
     quantize_linear,
 )
-from mobilemm.export.quantization import Bits, PartPlan, QuantizedWeight, WeightScheme
+from mobilemm.export.quantization import INT4_BLOCK, Bits, PartPlan, QuantizedWeight, WeightScheme
 
 FINE_BITS: Bits = 8
 # Positions whose logits are compared at once.
@@ -130,7 +130,8 @@ def spend(
     costs: dict[str, int] = {}
     for name in damage:
         scheme = plan.scheme(name)
-        fine[name] = replace(scheme, bits=FINE_BITS, symmetric=True, method="rtn")
+        block_size = INT4_BLOCK if scheme.palette else scheme.block_size
+        fine[name] = replace(scheme, bits=FINE_BITS, block_size=block_size, symmetric=True, method="rtn")
         costs[name] = fine[name].nbytes(*shapes[name]) - scheme.nbytes(*shapes[name])
     raised = []
     for name in sorted(damage, key=lambda name: (-damage[name] / max(costs[name], 1), name)):

@@ -1,7 +1,7 @@
 """Core ML: one part → one .mlpackage, an ML program for iOS 18 and macOS 15 with weights beside it.
 
-The decoder is one package of two functions that share weights, `prefill` for a fixed number of positions and
-`decode` for one, over the states `k_cache` and `v_cache`. Everything computes in float16.
+The decoder is one package of functions that share weights, `prefill` for a fixed number of positions (several
+where asked) and `decode` for one, over the states `k_cache` and `v_cache`. Everything computes in float16.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ FLOAT16 = WeightScheme(bits=16, block_size=None)
 # Deployment target → the system that is the least. States and codes in blocks came with iOS 18.
 DEPLOYMENT_TARGETS = {"iOS18": "18", "iOS26": "26"}
 EXTENSION = ".mlpackage"
+# Each is converted by itself, and Core ML compiles each for its processors.
+MOST_FUNCTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ class CoreMLOptions:
         minimum_deployment_target: "iOS18" or "iOS26"; macOS, watchOS and the others of the same year.
         layout: "gpu" has linear layers over (1, length, channels) and fused attention; "ane" is written for
             the Neural Engine: convolutions over (1, channels, 1, length).
-        prefill: positions of the decoder's function `prefill`.
+        prefill: positions of the decoder's function `prefill`; several make a function `prefill_LENGTH` of
+            each, among which apps choose by what they have to say.
     """
 
     minimum_deployment_target: str = "iOS18"
     layout: Layout = "gpu"
-    prefill: int = 64
+    prefill: int | Sequence[int] = 64
 
     def __post_init__(self) -> None:
         if self.minimum_deployment_target not in DEPLOYMENT_TARGETS:
@@ -71,8 +74,22 @@ class CoreMLOptions:
             )
         if self.layout not in get_args(Layout):
             raise MobileMMError(f"--coreml-layout {self.layout!r}: choose from {', '.join(get_args(Layout))}")
-        if not 2 <= self.prefill <= 2048:
-            raise MobileMMError(f"--prefill-length {self.prefill}: choose 2 to 2048 positions")
+        lengths = self.prefill_functions.values()
+        for length in lengths:
+            if not 2 <= length <= 2048:
+                raise MobileMMError(f"--prefill-length {length}: choose 2 to 2048 positions")
+        if len(lengths) > MOST_FUNCTIONS:
+            raise MobileMMError(f"--prefill-length: {len(lengths)} lengths; choose {MOST_FUNCTIONS} at most")
+
+    @property
+    def prefill_functions(self) -> dict[str, int]:
+        """Positions by the function's name, the fewest first."""
+        if isinstance(self.prefill, int):
+            return {"prefill": self.prefill}
+        lengths = sorted(set(self.prefill))
+        if len(lengths) == 1:
+            return {"prefill": lengths[0]}
+        return {f"prefill_{length}": length for length in lengths}
 
 
 class CoreMLTarget:
@@ -103,7 +120,7 @@ class CoreMLTarget:
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
         """Args:
         module: the part's module with its weights in it: floating-point, `QuantizedLinear`,
-            `QuantizedEmbedding`.
+            `QuantizedEmbedding`, `QuantizedConv2d`.
         """
         package = folder / f"{part.name}{EXTENSION}"
         shutil.rmtree(package, ignore_errors=True)
@@ -135,7 +152,7 @@ class CoreMLTarget:
         return exported
 
     def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
-        """In float16 what is wanted in float32; activations in float16, also where int8 ones are wanted."""
+        """In float16 what is wanted in float32; activations too, if they would be quantized at each run."""
         return QuantizationPlan({name: _stored(name, plan.part(name)) for name in PARTS})
 
     def companions(self, manifest: Manifest) -> dict[str, str]:
@@ -160,15 +177,16 @@ class CoreMLTarget:
         return manifest.model_copy(update={"parts": parts})
 
     def _write_decoder(self, module: nn.Module, package: Path) -> None:
-        """Both functions converted by themselves, then made one package."""
+        """All functions converted by themselves, then made one package."""
         assert isinstance(module, Decoder)
         spec = module.spec
-        buffer = max(-(-spec.context_length // STATE_ALIGNMENT) * STATE_ALIGNMENT, self.options.prefill)
+        prefill = self.options.prefill_functions
+        buffer = max(-(-spec.context_length // STATE_ALIGNMENT) * STATE_ALIGNMENT, *prefill.values())
         lowered = lower(share_tensors(module), self.options.layout)
         assert isinstance(lowered, Decoder)
         packages: dict[str, Path] = {}
         with tempfile.TemporaryDirectory(dir=package.parent, prefix=".coreml-") as work:
-            for function, length in (("prefill", self.options.prefill), ("decode", 1)):
+            for function, length in {**prefill, "decode": 1}.items():
                 step = DecoderStep(lowered, length, buffer, self.options.layout).half().eval()
                 known = {
                     "inputs_embeds": _Input((1, length, spec.hidden_size), torch.float16),
@@ -186,9 +204,26 @@ class CoreMLTarget:
                 release()
             merge(packages, "decode", package)
 
+    def write_text_step(self, step: nn.Module, context: int, num_layers: int, package: Path) -> None:
+        """Converts a `TextStep` (see `swift_transformers`) for conversations of so many tokens.
+
+        Raises MobileMMError as `write` does.
+        """
+        inputs = {
+            "inputIds": _Input((1, None), torch.int32, longest=context),
+            "causalMask": _Input((1, 1, 1, None), torch.float16, shortest=2, longest=context + 1, traced=8),
+        }
+        states: tuple[str, str] = step.states  # type: ignore[assignment]
+        try:
+            with _quiet(), unchecked_passes(), torch.no_grad():
+                self._convert(step, inputs, ["logits"], package, states)
+        except Exception as error:
+            raise MobileMMError(f"coremltools cannot convert the model ({one_line(error)})") from error
+        require_states(package, num_layers, states)
+
     def _write_embedding(self, module: nn.Module, package: Path) -> None:
         embedding = lower(share_tensors(TokenEmbedding(module))).eval()  # type: ignore[arg-type]
-        ids = _Input((1, None), torch.int32)
+        ids = _Input((1, None), torch.int32, longest=self.default_context)
         self._convert(embedding, {"input_ids": ids}, ["inputs_embeds"], package)
 
     def _write_static(self, part: Part, module: nn.Module, package: Path) -> None:
@@ -216,7 +251,7 @@ class CoreMLTarget:
         ct.convert(
             traced,
             convert_to="mlprogram",
-            inputs=[each.coreml(name, self.default_context) for name, each in inputs.items()],
+            inputs=[each.coreml(name) for name, each in inputs.items()],
             outputs=[ct.TensorType(name=name, dtype=np.float16) for name in outputs],
             states=[
                 ct.StateType(wrapped_type=ct.TensorType(shape=shape, dtype=np.float16), name=name)
@@ -235,34 +270,41 @@ class CoreMLTarget:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a graph is traced and converted with; a dimension of None has any length up to the context's."""
+    """What a graph is traced and converted with; a dimension of None is as long as is said."""
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype
     image: bool = False
+    shortest: int = 1
+    longest: int = 1
+    traced: int = 2
 
     def example(self) -> torch.Tensor:
-        return torch.zeros([2 if size is None else size for size in self.shape], dtype=self.dtype)
+        return torch.zeros([self.traced if size is None else size for size in self.shape], dtype=self.dtype)
 
-    def coreml(self, name: str, longest: int) -> Any:
+    def coreml(self, name: str) -> Any:
         import coremltools as ct
 
         if self.image:
             # Core ML's own image input has one scale for all channels: scales stay inside the graph.
             return ct.ImageType(name=name, shape=self.shape, color_layout=ct.colorlayout.RGB)
-        shape = [ct.RangeDim(1, longest, default=1) if size is None else size for size in self.shape]
+        flexible = ct.RangeDim(self.shortest, self.longest, default=self.shortest)
+        shape = [flexible if size is None else size for size in self.shape]
         kind = np.int32 if self.dtype == torch.int32 else np.float16
         return ct.TensorType(name=name, shape=shape, dtype=kind)
 
 
 def _stored(part: str, plan: PartPlan) -> PartPlan:
     def scheme(wanted: WeightScheme) -> WeightScheme:
-        if wanted.bits == 6:
-            raise MobileMMError(f"--target coreml: {part!r} in int6 is not possible; choose int4 or int8")
+        if wanted.bits == 6 and not wanted.palette:
+            raise MobileMMError(
+                f"--target coreml: {part!r} in int6 is not possible; choose pal6, int4 or int8"
+            )
         return FLOAT16 if wanted.bits == 32 else wanted
 
     exceptions = tuple((pattern, scheme(wanted)) for pattern, wanted in plan.exceptions)
-    return PartPlan(scheme(plan.default), exceptions, "float16")
+    static = plan.activations == "int8-static"
+    return PartPlan(scheme(plan.default), exceptions, "int8-static" if static else "float16")
 
 
 @contextlib.contextmanager

@@ -47,17 +47,18 @@ def _spliced(part: Part, model: mil_interpreter.Model, inputs: Mapping[str, Arra
 
 
 def _decoder_logits(model: mil_interpreter.Model, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-    """Both functions, each on what the other has written.
+    """All functions, each on what the others have written.
 
     `decode` gives all positions of the first chunk, on a state of its own. Then `prefill` takes that chunk on
     an empty state, and decoding goes on behind it. Of each later chunk `prefill` gives the last position's
-    logits once more, over the keys and values that decoding wrote.
+    logits once more, over the keys and values that decoding wrote. Where there are several of them, the
+    shorter give those of the positions before, and the longest writes the chunk anew behind them.
     """
     embeds = inputs["inputs_embeds"].astype(np.float16)
     rope = inputs.get("position_ids")
     count = embeds.shape[1]
-    width = next(value.shape[1] for value in model.inputs("prefill") if value.name == "inputs_embeds")
-    assert isinstance(width, int)
+    widths = prefill_lengths(model)
+    (longest, width), *shorter = widths.items()
     logits: list[Array] = []
 
     def call(function: str, start: int, stop: int, length: int, state: mil_interpreter.State) -> Array:
@@ -69,7 +70,7 @@ def _decoder_logits(model: mil_interpreter.Model, inputs: Mapping[str, Array]) -
         }
         if rope is not None:
             given["rope_position_ids"] = rope[..., rows].astype(np.int32)
-        if function == "prefill":
+        if function in widths:
             given["last_index"] = np.array([stop - start - 1], np.int32)
         return model(given, function=function, state=state)["logits"].astype(np.float32)
 
@@ -78,12 +79,30 @@ def _decoder_logits(model: mil_interpreter.Model, inputs: Mapping[str, Array]) -
         stop = min(start + width, count)
         if start == 0:
             logits += [call("decode", index, index + 1, 1, alone) for index in range(stop)]
-            logits[-1] = call("prefill", 0, stop, width, state)
+        else:
+            logits += [call("decode", index, index + 1, 1, state) for index in range(start, stop)]
+        if start + width > buffer_length(model):
             continue
-        logits += [call("decode", index, index + 1, 1, state) for index in range(start, stop)]
-        if start + width <= buffer_length(model):
-            logits[-1] = call("prefill", start, stop, width, state)
+        logits[-1] = call(longest, start, stop, width, state)
+        for back, (function, length) in enumerate(shorter, 1):
+            end = stop - back
+            begin = max(start, end - length)
+            if end > begin:
+                logits[end - 1] = call(function, begin, end, length, state)
+        if shorter:
+            call(longest, start, stop, width, state)
     return np.concatenate(logits, 1)
+
+
+def prefill_lengths(model: mil_interpreter.Model) -> dict[str, int]:
+    """Positions of a decoder's functions that take many, the most first."""
+    found = {}
+    for name in model.functions:
+        length = next(value.shape[1] for value in model.inputs(name) if value.name == "inputs_embeds")
+        assert isinstance(length, int)
+        if name != "decode":
+            found[name] = length
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def buffer_length(model: mil_interpreter.Model) -> int:

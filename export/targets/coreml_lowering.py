@@ -21,7 +21,15 @@ from mobilemm.export.decoder import (
 from mobilemm.export.decoder_spec import RopeTable
 from mobilemm.export.parts import TokenEmbedding
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear
-from mobilemm.export.targets.coreml_weights import StoredEmbedding, StoredLinear, Weight, weight_of
+from mobilemm.export.static_quantization import ActivationQuantizer, QuantizedConv2d
+from mobilemm.export.targets.coreml_weights import (
+    StoredConvolution,
+    StoredEmbedding,
+    StoredLinear,
+    StoredQuantizer,
+    Weight,
+    weight_of,
+)
 
 Layout = Literal["gpu", "ane"]
 
@@ -31,7 +39,7 @@ UNSEEN = -1e4
 STATES = ("k_cache", "v_cache")
 # The dimensions of a state that the Neural Engine takes are multiples of it.
 STATE_ALIGNMENT = 32
-# Numbers that stand for a norm's epsilon: as many keep a row's length a multiple of 32.
+# Numbers that stand for a norm's epsilon, twice: as many keep a row's length a multiple of 32.
 FILLING = 16
 
 
@@ -48,6 +56,10 @@ def lower(module: nn.Module, layout: Layout = "gpu", prefix: str = "") -> nn.Mod
             channels_first = decoder and layout == "ane"
             linear = StoredLinear(weight_of(path, child), channels_first)
             setattr(module, name, _Transposed(linear) if layout == "ane" and not decoder else linear)
+        elif isinstance(child, QuantizedConv2d):
+            setattr(module, name, StoredConvolution(path, child))
+        elif isinstance(child, ActivationQuantizer):
+            setattr(module, name, StoredQuantizer(child.step, child.zero_point))
         elif isinstance(child, QuantizedEmbedding) or (table and isinstance(child, nn.Embedding)):
             setattr(module, name, StoredEmbedding(weight_of(path, child)))
         elif isinstance(child, ResidualNorm):
@@ -78,14 +90,22 @@ class DecoderStep(nn.Module):
     `buffer_length` long.
     """
 
-    def __init__(self, decoder: Decoder, length: int, buffer_length: int, layout: Layout) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        length: int,
+        buffer_length: int,
+        layout: Layout,
+        states: tuple[str, str] = STATES,
+    ) -> None:
         super().__init__()
         spec = decoder.spec
         self.decoder, self.length, self.layout = decoder, length, layout
+        self.states = states
         self.sections = spec.mrope_section
         self.group = spec.num_attention_heads // spec.num_key_value_heads
         shape = (spec.num_layers, spec.num_key_value_heads, buffer_length, spec.head_dim)
-        for name in STATES:
+        for name in states:
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float16))
         for index, table in enumerate(spec.rope_tables):
             for kind, values in zip(("cos", "sin"), rotary_values(table, buffer_length), strict=True):
@@ -104,7 +124,17 @@ class DecoderStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, *more: Tensor) -> Tensor:
         given = dict(zip(self.input_names[2:], more, strict=True))
         positions = position_ids[0]
-        rotary = self._rotary(positions[None] if self.sections is None else given["rope_position_ids"][:, 0])
+        rope = positions[None] if self.sections is None else given["rope_position_ids"][:, 0]
+        hidden, residual = self.run(inputs_embeds, positions, rope)
+        if self.length > 1:
+            axis = 3 if self.layout == "ane" else 1
+            hidden = hidden.index_select(axis, given["last_index"])
+            residual = residual.index_select(axis, given["last_index"])
+        return self.decoder.logits(hidden, residual).reshape(1, 1, -1)
+
+    def run(self, inputs_embeds: Tensor, positions: Tensor, rope_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """All layers over all positions: what the head makes logits of, its two summands."""
+        rotary = self._rotary(rope_positions)
         windows = {layer.window for layer in self.decoder.spec.layers}
         masks = {window: self._mask(positions, window) for window in sorted(windows, key=str)}
         # coremltools makes float32 of its inputs, and then of all constants, unless the graph says otherwise.
@@ -116,13 +146,8 @@ class DecoderStep(nn.Module):
             rope = layer.spec.rope
             cache = StateCache(self, positions[0], masks[layer.spec.window])
             hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
-        if self.length > 1:
-            axis = 3 if self.layout == "ane" else 1
-            assert residual is not None
-            hidden = hidden.index_select(axis, given["last_index"])
-            residual = residual.index_select(axis, given["last_index"])
-        logits = self.decoder.logits(hidden, residual)
-        return logits.reshape(1, 1, -1)
+        assert residual is not None
+        return hidden, residual
 
     def _rotary(self, positions: Tensor) -> list[Rotary]:
         """Cosines and sines, each (1, length, head_dim / 2), of positions (1 or 3, length)."""
@@ -175,8 +200,9 @@ class StateCache:
         if rotary is not None:
             q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        k = self._append("k_cache", attention.index, k)
-        v = self._append("v_cache", attention.index, v)
+        keys, values = self.step.states
+        k = self._append(keys, attention.index, k)
+        v = self._append(values, attention.index, v)
         # Queries that share keys lie one below the other, so that keys are not repeated for them.
         q = q.reshape(1, attention.kv_heads, -1, attention.head_dim)
         out = self._scaled_dot_product(attention, q, k, v)
@@ -225,19 +251,33 @@ class _LastDimensionNorm(nn.Module):
     would be NaN.
     """
 
+    flexible = False
+    """Whether the number of rows is known only when the program runs."""
+
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         size = weight.shape[0]
-        # Σx² / size + eps is (Σx² + FILLING c²) / size, of which the layer norm makes a larger row's mean.
-        scaled = weight.detach().float() * (size / (size + FILLING)) ** 0.5
+        self.count = min(FILLING, size)
+        # Σx² / size + eps is (Σx² + count c²) / size, of which the layer norm makes a larger row's mean.
+        scaled = weight.detach().float() * (size / (size + self.count)) ** 0.5
         self.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
-        self.filling = (eps * size / FILLING) ** 0.5
+        self.filling = (eps * size / self.count) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.weight.shape[0]
-        filling = torch.full([*map(int, x.shape[:-1]), FILLING], self.filling, dtype=x.dtype)
-        normed = F.layer_norm(torch.cat([x, filling, -x, -filling], -1), (2 * (size + FILLING),), eps=0.0)
+        if self.flexible:
+            filling = x[..., : self.count] * half(0.0) + half(self.filling)
+        else:
+            filling = torch.full([*map(int, x.shape[:-1]), self.count], self.filling, dtype=x.dtype)
+        normed = F.layer_norm(torch.cat([x, filling, -x, -filling], -1), (2 * (size + self.count),), eps=0.0)
         return normed[..., :size] * self.weight
+
+
+def allow_any_length(module: nn.Module) -> None:
+    """Lets norms take any number of rows, whose constants are otherwise part of the program."""
+    for child in module.modules():
+        if isinstance(child, _LastDimensionNorm):
+            child.flexible = True
 
 
 class _ChannelNorm(nn.Module):

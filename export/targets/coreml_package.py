@@ -20,6 +20,7 @@ PARTS = {
     "embed": "Token ids to the language model's embeddings, pictures' placeholders apart.",
     "decoder": "The language model: embeddings to logits of the next token. `prefill` takes many positions at"
     " once, `decode` one; both write keys and values into the same states.",
+    "text": "A language model: token ids to logits of the next token of each, keys and values in states.",
 }
 VALUES = {
     "pixels": "The picture, RGB, turned upright and brought to this size as the bundle's manifest says.",
@@ -32,6 +33,10 @@ VALUES = {
     "logits": "Of the token behind the last position.",
     "k_cache": "Keys (layers, heads, positions, head dimension).",
     "v_cache": "Values (layers, heads, positions, head dimension).",
+    "inputIds": "Token ids.",
+    "causalMask": "Zeros, one more than all tokens so far, these among them: only its width counts.",
+    "keyCache": "Keys (layers, heads, positions, head dimension).",
+    "valueCache": "Values (layers, heads, positions, head dimension).",
 }
 
 
@@ -44,11 +49,19 @@ def read_spec(package: Path) -> Any:
     return spec
 
 
-def describe(package: Path, part: str, facts: Mapping[str, str], author: str, license: str) -> None:
+def describe(
+    package: Path,
+    part: str,
+    facts: Mapping[str, str],
+    author: str,
+    license: str,
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Writes a package's metadata: what Xcode shows of it.
 
     Args:
-        facts: further keys, shown as they are.
+        facts: further keys, shown as they are, behind `mobilemm.`.
+        others: keys of other programs.
     """
     spec = read_spec(package)
     metadata = spec.description.metadata
@@ -56,6 +69,8 @@ def describe(package: Path, part: str, facts: Mapping[str, str], author: str, li
     metadata.author, metadata.license, metadata.versionString = author, license, __version__
     for key, value in facts.items():
         metadata.userDefined[f"mobilemm.{key}"] = value
+    for key, value in (others or {}).items():
+        metadata.userDefined[key] = value
     for _, values in _features(spec):
         for value in values:
             value.shortDescription = VALUES.get(value.name, "")
@@ -79,7 +94,7 @@ def signature(package: Path) -> tuple[tuple[manifest.Tensor, ...], tuple[manifes
     return tuple(inputs.values()), tuple(outputs.values())
 
 
-def require_states(package: Path, num_layers: int) -> None:
+def require_states(package: Path, num_layers: int, wanted: tuple[str, str] = ("k_cache", "v_cache")) -> None:
     """Raises MobileMMError when a decoder has lost its states, or a layer does not write into them.
 
     coremltools converts both without a word: states become constants, updates are left out.
@@ -92,10 +107,10 @@ def require_states(package: Path, num_layers: int) -> None:
         for block in function.block_specializations.values()
     ]
     writes = sum(op.type == "write_state" for block in blocks for op in block.operations)
-    if names != ["k_cache", "v_cache"] or writes != 2 * num_layers:
+    if names != sorted(wanted) or writes != 2 * num_layers:
         raise MobileMMError(
             f"part 'decoder': coremltools has kept states {names} and {writes} writes into them, where"
-            f" k_cache, v_cache and {2 * num_layers} are wanted"
+            f" {', '.join(wanted)} and {2 * num_layers} are wanted"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from mobilemm.export.static_quantization import QuantizedConv2d
 
 NAMESPACE = "mobilemm_coreml"
 
@@ -82,6 +83,35 @@ class StoredEmbedding(_Stored):
 
     def forward(self, ids: Tensor) -> Tensor:
         return _operators().rows(ids, self.number, self.weight.shape[1])
+
+
+class StoredConvolution(_Stored):
+    """A convolution over a quantized kernel. Only good for tracing: it gives zeros.
+
+    Shapes: (batch, channels, height, width) → as the convolution's.
+    """
+
+    def __init__(self, name: str, convolution: QuantizedConv2d) -> None:
+        super().__init__(Weight(name, convolution.quantized, convolution.bias))
+        self.kernel, self.groups = list(convolution.kernel), convolution.groups
+        self.strides, self.dilations = list(convolution.stride), list(convolution.dilation)
+        self.padding = list(convolution.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _operators().convolution(
+            x, self.number, self.kernel, self.strides, self.padding, self.dilations, self.groups
+        )
+
+
+class StoredQuantizer(nn.Module):
+    """Rounds to int8 codes and back. Only good for tracing: it gives what it takes."""
+
+    def __init__(self, step: float, zero_point: int) -> None:
+        super().__init__()
+        self.step, self.zero_point = step, zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _operators().rounded(x, self.step, self.zero_point)
 
 
 def weight_of(name: str, module: nn.Module) -> Weight:
@@ -152,12 +182,15 @@ def _operators() -> Any:
     """The operators, defined and known to coremltools from the first use on."""
     library = torch.library.Library(NAMESPACE, "DEF")
     _LIBRARIES.append(library)
-    for name, outcome, convert in (
-        ("linear", _linear_shape, _convert_linear),
-        ("pointwise", _pointwise_shape, _convert_pointwise),
-        ("rows", _rows_shape, _convert_rows),
+    kernel = "int[] kernel, int[] strides, int[] padding, int[] dilations, int groups"
+    for name, arguments, outcome, convert in (
+        ("linear", "int number, int size", _linear_shape, _over_weight(_convert_linear)),
+        ("pointwise", "int number, int size", _pointwise_shape, _over_weight(_convert_pointwise)),
+        ("rows", "int number, int size", _rows_shape, _over_weight(_convert_rows)),
+        ("convolution", f"int number, {kernel}", _convolution_shape, _over_weight(_convert_convolution)),
+        ("rounded", "float step, int zero_point", _rounded_shape, _convert_rounded),
     ):
-        library.define(f"{name}(Tensor x, int number, int size) -> Tensor")
+        library.define(f"{name}(Tensor x, {arguments}) -> Tensor")
         library.impl(name, outcome, "CPU")
         _register(name, convert)
     return getattr(torch.ops, NAMESPACE)
@@ -179,33 +212,87 @@ def _rows_shape(x: Tensor, number: int, size: int) -> Tensor:
     return torch.zeros(*x.shape, size, dtype=torch.float16)
 
 
+def _convolution_shape(
+    x: Tensor,
+    number: int,
+    kernel: list[int],
+    strides: list[int],
+    padding: list[int],
+    dilations: list[int],
+    groups: int,
+) -> Tensor:
+    weight = torch.empty(kernel, device="meta")
+    found = nn.functional.conv2d(x.to("meta"), weight, None, strides, padding, dilations, groups)
+    return x.new_zeros(found.shape)
+
+
+def _rounded_shape(x: Tensor, step: float, zero_point: int) -> Tensor:
+    return x.clone()
+
+
 def _register(name: str, convert: Any) -> None:
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 
     def converter(context: Any, node: Any) -> None:
-        x, number, _ = _get_inputs(context, node)
-        weight = _KNOWN[int(number.val)]
-        context.add(convert(x, weight, f"{weight.label}_{node.name}"), node.name)
+        x, *arguments = _get_inputs(context, node)
+        context.add(convert(x, *(argument.val for argument in arguments), name=node.name), node.name)
 
     converter.__name__ = f"{NAMESPACE}_{name}"
     register_torch_op(converter, torch_alias=[f"{NAMESPACE}::{name}"], override=True)
 
 
-def _convert_linear(x: Any, weight: Weight, name: str) -> Any:
+def _over_weight(convert: Any) -> Any:
+    """A conversion that is given the weight for its number, and named after it."""
+
+    def converter(x: Any, number: Any, *arguments: Any, name: str) -> Any:
+        weight = _KNOWN[int(number)]
+        return convert(x, weight, f"{weight.label}_{name}", *arguments)
+
+    return converter
+
+
+def _convert_linear(x: Any, weight: Weight, name: str, size: int) -> Any:
     from coremltools.converters.mil import Builder as mb
 
     return mb.linear(x=x, weight=_constant(weight, x.dtype), bias=_bias(weight, x.dtype), name=name)
 
 
-def _convert_pointwise(x: Any, weight: Weight, name: str) -> Any:
+def _convert_pointwise(x: Any, weight: Weight, name: str, size: int) -> Any:
     from coremltools.converters.mil import Builder as mb
 
-    kernel = _constant(weight, x.dtype, (1, 1))
+    kernel = _constant(weight, x.dtype, (weight.shape[1], 1, 1))
     return mb.conv(x=x, weight=kernel, bias=_bias(weight, x.dtype), name=name)
 
 
-def _convert_rows(x: Any, weight: Weight, name: str) -> Any:
+def _convert_convolution(
+    x: Any, weight: Weight, name: str, kernel: Any, strides: Any, padding: Any, dilations: Any, groups: Any
+) -> Any:
+    from coremltools.converters.mil import Builder as mb
+
+    return mb.conv(
+        x=x,
+        weight=_constant(weight, x.dtype, tuple(kernel[1:])),
+        bias=_bias(weight, x.dtype),
+        strides=strides,
+        pad_type="custom",
+        pad=np.repeat(padding, 2).astype(np.int32),
+        dilations=dilations,
+        groups=groups,
+        name=name,
+    )
+
+
+def _convert_rounded(x: Any, step: Any, zero_point: Any, name: str) -> Any:
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.mil import types
+
+    scale, zero = types.nptype_from_builtin(x.dtype)(step), np.int8(zero_point)
+    codes = mb.quantize(input=x, scale=scale, zero_point=zero, output_dtype="int8")
+    return mb.dequantize(input=codes, scale=scale, zero_point=zero, name=name)
+
+
+def _convert_rows(x: Any, weight: Weight, name: str, size: int) -> Any:
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import types
 
@@ -220,23 +307,34 @@ def _bias(weight: Weight, dtype: Any) -> NDArray[Any] | None:
     return weight.bias.float().numpy().astype(types.nptype_from_builtin(dtype))
 
 
-def _constant(weight: Weight, dtype: Any, trailing: tuple[int, ...] = ()) -> Any:
-    """The matrix as a MIL value of `dtype`, with dimensions of 1 behind."""
+def _constant(weight: Weight, dtype: Any, row: tuple[int, ...] = ()) -> Any:
+    """The matrix as a MIL value of `dtype`, each row in the shape of `row`, if given."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import types
 
     real = types.nptype_from_builtin(dtype)
     name = f"{weight.label}_weight"
 
+    row = row or weight.shape[1:]
+    trailing = (1,) * (len(row) - 1)
+
     def stored(array: NDArray[Any], kind: Any) -> NDArray[Any]:
+        return array.reshape(len(array), *row).astype(kind)
+
+    def by_block(array: NDArray[Any], kind: Any) -> NDArray[Any]:
         return array.reshape(*array.shape, *trailing).astype(kind)
 
     if isinstance(weight.value, Tensor):
         half = weight.value if dtype == types.fp32 else weight.value.half()
         array = half.float().numpy() if dtype == types.fp32 else half.numpy()
         return mb.const(val=stored(array, real), name=name)
+    if (palette := weight.value.palette) is not None:
+        codes = weight.value.codes()[:, 0, : weight.shape[1]].numpy()
+        kind = types.nptype_from_builtin(types.uint4 if weight.value.bits == 4 else types.uint6)
+        table = palette.numpy().reshape(len(palette), 1, *trailing, -1, 1).astype(real)
+        return mb.constexpr_lut_to_dense(indices=stored(codes, kind), lut=table, name=name)
     blocks = blocks_of(weight.value)
-    scale = stored(blocks.scales, real)
+    scale = by_block(blocks.scales, real)
     signed = blocks.offsets is None
     builtin = {
         (4, True): types.int4,
@@ -245,6 +343,6 @@ def _constant(weight: Weight, dtype: Any, trailing: tuple[int, ...] = ()) -> Any
         (8, False): types.uint8,
     }
     kind = types.nptype_from_builtin(builtin[blocks.bits, signed])
-    offset = {} if blocks.offsets is None else {"offset": stored(blocks.offsets, kind)}
+    offset = {} if blocks.offsets is None else {"offset": by_block(blocks.offsets, kind)}
     data = stored(blocks.data, kind)
     return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, **offset, name=name)

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Attention, Decoder
 from mobilemm.export.parts import Embed, Part, TokenEmbedding
-from mobilemm.export.quantization import FLOAT32, PARTS, Activations, PartPlan, QuantizationPlan, WeightScheme
+from mobilemm.export.quantization import (
+    FLOAT32,
+    PARTS,
+    Activations,
+    PartPlan,
+    QuantizationPlan,
+    WeightScheme,
+    refuse_coreml_only,
+)
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.executorch_backends import check_backend, partitioners
 from mobilemm.export.targets.executorch_convolutions import (
@@ -118,6 +126,7 @@ class ExecutorchTarget:
 
     def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
         """In float32 what is wanted in float16; 8-bit linear layers with one scale a row."""
+        refuse_coreml_only(plan, "executorch")
         return QuantizationPlan({name: _stored(name, plan.part(name)) for name in PARTS})
 
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:

@@ -28,7 +28,7 @@ from mobilemm.export.decoder import (
     scaled_dot_product,
 )
 from mobilemm.export.parts import Part
-from mobilemm.export.quantization import QuantizationPlan, QuantizedEmbedding
+from mobilemm.export.quantization import QuantizationPlan, QuantizedEmbedding, refuse_coreml_only
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.onnx_lowering import (
     CONTRIB,
@@ -134,9 +134,13 @@ class OnnxTarget:
     def companions(self, manifest: Manifest) -> dict[str, str]:
         from mobilemm.export.targets.genai import genai_config
 
-        return {} if self.options.standard_ops else {"genai_config.json": genai_config(manifest)}
+        # onnxruntime-genai knows no model that has an embedding of its own, but no eyes.
+        if self.options.standard_ops or manifest.image is None:
+            return {}
+        return {"genai_config.json": genai_config(manifest)}
 
     def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
+        refuse_coreml_only(plan, "onnx")
         return plan
 
     def label(self, manifest: Manifest, folder: Path) -> Manifest:

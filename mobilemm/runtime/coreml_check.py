@@ -7,6 +7,7 @@ weights are finite, and inputs and outputs are those of the manifest. No torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -51,13 +52,20 @@ def check_coreml_part(folder: Path, manifest: Manifest, name: str, *, values: bo
             _refuse(
                 path, f"function {shown(function.name)} has the states {shown(str(sorted(function.states)))}"
             )
-    if name == "decoder" and sorted(functions) != ["decode", "prefill"]:
+    if name == "decoder" and not _takes_conversations(functions):
         _refuse(path, f"has the functions {shown(str(sorted(functions)))}, not decode and prefill")
     for side, features in found.items():
         _check_side(path, part, side, features)
     if values:
         for constant in _constants(functions.values()):
             _check_finite(path, constant)
+
+
+def _takes_conversations(functions: Iterable[str]) -> bool:
+    """Whether these are `decode` and `prefill`, or instead of the latter some `prefill_LENGTH`."""
+    prefill = set(functions) - {"decode"}
+    several = all(re.fullmatch(r"prefill_[1-9][0-9]{0,5}", name) for name in prefill)
+    return "decode" in functions and (prefill == {"prefill"} or (bool(prefill) and several))
 
 
 def _refuse(path: Path, wrong: str) -> NoReturn:

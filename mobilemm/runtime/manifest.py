@@ -40,13 +40,18 @@ class Tensor(Strict):
 
 
 class Quantization(Strict):
-    """How a part's weights are stored. `bits` counts the main scheme's; `exceptions` maps layer to bits."""
+    """How a part's weights are stored. `bits` counts the main scheme's; `exceptions` maps layer to bits.
+
+    By the method "kmeans" they are looked up in tables, and `block_size` is the most rows that share one.
+    `activations` are what the part computes with: "int8" rounds them by each input's own range, "int8-static"
+    by ranges that calibration has found.
+    """
 
     bits: Literal[4, 6, 8, 16, 32]
     block_size: Annotated[int, Field(ge=1, le=2**20)] | None = None
     symmetric: bool = True
     method: Name = "none"
-    activations: Literal["float32", "float16", "int8"] = "float32"
+    activations: Literal["float32", "float16", "int8", "int8-static"] = "float32"
     exceptions: dict[str, int] = {}
 
 

@@ -234,6 +234,7 @@ def test_words(word: str, bits: int) -> None:
         ({"block_size": 48}, "block of 48 weights is not known; choose from 16, 32, 64"),
         ({"keep": ["layers.0.*"]}, "--q-keep 'layers.0.*': must be PATTERN=BITS"),
         ({"keep": ["=8"]}, "--q-keep '=8'"),
+        ({"method": "kmeans"}, "--q-method kmeans: is that of palettes"),
         ({"keep": ["*.o=7"]}, "--q-keep '*.o=7': '7' is no precision"),
     ],
 )

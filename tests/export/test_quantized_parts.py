@@ -12,7 +12,7 @@ from mobilemm.export.assemble import export_bundles
 from mobilemm.export.calibration import read_calibration
 from mobilemm.export.model import Model, open_model
 from mobilemm.export.options import ExportOptions
-from mobilemm.export.quantization import QuantizedLinear, make_plan
+from mobilemm.export.quantization import QuantizedLinear, WeightScheme, make_plan
 from mobilemm.export.quantized_parts import QuantizedParts
 from mobilemm.export.targets import find_target
 
@@ -30,6 +30,13 @@ def made(model: Model, options: ExportOptions, store: Path | None) -> tuple[nn.M
     return module, told
 
 
+def wanted_schemes(options: ExportOptions) -> list[WeightScheme]:
+    """Those of the decoder, and of the head, which is the embedding's table."""
+    plan = options.plan.part("decoder")
+    schemes = [plan.default, *(scheme for _, scheme in plan.exceptions)]
+    return [scheme for scheme in schemes if scheme.quantized]
+
+
 def state(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.state_dict())
 
@@ -39,6 +46,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     [
         {"method": "gptq", "block_size": 32, "keep": ["layers.0.*=8", "*.down=fp32"]},
         {"method": "awq", "block_size": 32, "symmetric": False},
+        {"embed": "pal6", "method": "rtn", "keep": ["layers.0.*=pal4", "*.down=pal6"]},
     ],
 )
 def test_what_was_kept_is_what_was_made(model: Model, tmp_path: Path, words: dict[str, object]) -> None:
@@ -55,7 +63,7 @@ def test_what_was_kept_is_what_was_made(model: Model, tmp_path: Path, words: dic
         kinds = {name: type(child) for name, child in fresh.named_modules()}
         assert {name: type(child) for name, child in other.named_modules()} == kinds
     schemes = {child.bits for child in again.modules() if isinstance(child, QuantizedLinear)}
-    assert schemes == ({4, 8} if "keep" in words else {4})
+    assert schemes == {scheme.bits for scheme in wanted_schemes(options)}
 
 
 def test_other_weights_plans_and_damaged_files_are_made_anew(model: Model, tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ PREFILL_FROM = 6
 class Package(Protocol):
     """A loaded .mlpackage."""
 
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Their names."""
+
     def shape(self, function: str | None, name: str) -> tuple[tuple[int, int | None], ...]:
         """Of an input, the least and the largest size of each dimension; KeyError when there is none."""
 
@@ -109,8 +113,9 @@ class CoreMLBackend:
 class CoreMLDecoder:
     """A `Decoder`: the package, and one conversation's states.
 
-    Long inputs go through `prefill` in pieces of its length. Rows behind a shorter piece are padding: what
-    they write lies behind the cache's end, where it is overwritten before anything sees it.
+    Long inputs go through `prefill` in pieces of its length; where there are several of it, the smallest that
+    holds what is left is taken. Rows behind a shorter piece are padding: what they write lies behind the
+    cache's end, where it is overwritten before anything sees it.
     """
 
     def __init__(self, package: Package, context_length: int, file: Path) -> None:
@@ -119,11 +124,13 @@ class CoreMLDecoder:
         self._state = package.make_state()
         self._length = 0
         try:
-            self._width = package.shape(PREFILL, "inputs_embeds")[1][0]
-            package.shape(DECODE, "inputs_embeds")
+            lengths = {name: package.shape(name, "inputs_embeds")[1][0] for name in package.functions}
         except KeyError as error:
             raise MobileMMError(f"{file}: not a decoder, it has no input {error}") from None
-        self._rope = _has(package, PREFILL, "rope_position_ids")
+        self._prefill = sorted((lengths[name], name) for name in lengths if name.startswith(PREFILL))
+        if DECODE not in lengths or not self._prefill:
+            raise MobileMMError(f"{file}: not a decoder, it has the functions {', '.join(package.functions)}")
+        self._rope = _has(package, DECODE, "rope_position_ids")
 
     @property
     def length(self) -> int:
@@ -141,16 +148,16 @@ class CoreMLDecoder:
         logits: dict[int, Array] = {}
         start = 0
         while start < count:
-            stop = min(start + self._width, count)
+            chosen = self._choose(count - start, self._length + start)
+            stop = min(start + chosen[0], count) if chosen else count
             inside = sorted({place for place in wanted if start <= place < stop})
-            # `prefill` gives one position's logits, and its whole length must fit into the states.
-            fits = self._length + start + self._width <= self.context_length
-            if stop - start < PREFILL_FROM or len(inside) > 1 or not fits:
+            # `prefill` gives one position's logits.
+            if chosen is None or stop - start < PREFILL_FROM or len(inside) > 1:
                 for place in range(start, stop):
-                    logits[place] = self._call(inputs_embeds, position_ids, place, place + 1, None)
+                    logits[place] = self._call(inputs_embeds, position_ids, place, place + 1, (1, DECODE))
             else:
                 place = inside[0] if inside else stop - 1
-                logits[place] = self._call(inputs_embeds, position_ids, start, stop, place)
+                logits[place] = self._call(inputs_embeds, position_ids, start, stop, chosen, place)
             start = stop
         self._length = total
         return np.concatenate([logits[place] for place in wanted], 1)
@@ -160,9 +167,22 @@ class CoreMLDecoder:
             raise ValueError(f"a cache of {self._length} positions cannot be cut to {length}")
         self._length = length
 
-    def _call(self, embeds: Array, rope: Array | None, start: int, stop: int, last: int | None) -> Array:
+    def _choose(self, count: int, first: int) -> tuple[int, str] | None:
+        """The function for `count` positions from `first` on; its whole length must fit into the states."""
+        fitting = [one for one in self._prefill if first + one[0] <= self.context_length]
+        return next((one for one in fitting if one[0] >= count), fitting[-1] if fitting else None)
+
+    def _call(
+        self,
+        embeds: Array,
+        rope: Array | None,
+        start: int,
+        stop: int,
+        chosen: tuple[int, str],
+        last: int | None = None,
+    ) -> Array:
         """Logits (1, 1, vocabulary) of position `last` of a piece, or of the only one, by `decode`."""
-        width = 1 if last is None else self._width
+        width, function = chosen
         rows = np.minimum(np.arange(start, start + width), stop - 1)
         first = self._length + start
         inputs: dict[str, Array] = {
@@ -173,7 +193,6 @@ class CoreMLDecoder:
             inputs["rope_position_ids"] = rope[..., rows].astype(np.int32)
         if last is not None:
             inputs["last_index"] = np.array([last - start], np.int32)
-        function = DECODE if last is None else PREFILL
         return self._package.run(inputs, function, self._state)["logits"].astype(np.float32)
 
 
@@ -195,6 +214,10 @@ class _InterpretedPackage:
             ) from error
         self.torch, self.threads = torch, threads
         self.model = mil_interpreter.load(path)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        return self.model.functions
 
     def shape(self, function: str | None, name: str) -> tuple[tuple[int, int | None], ...]:
         for feature in self.model.inputs(function):
@@ -222,6 +245,10 @@ class _NativePackage:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._models: dict[str | None, Any] = {}
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self._model(DECODE).get_spec().description.functions)
 
     def shape(self, function: str | None, name: str) -> tuple[tuple[int, int | None], ...]:
         description = self._model(function).get_spec().description

@@ -103,7 +103,7 @@ def test_what_core_ml_cannot_store_is_refused_before_anything_is_computed(
 ) -> None:
     target, told = find_target("coreml"), []
     options = ExportOptions(plan=make_plan("int4", vision="int6"))
-    with pytest.raises(MobileMMError, match="'vision' in int6 is not possible; choose int4 or int8"):
+    with pytest.raises(MobileMMError, match="'vision' in int6 is not possible; choose pal6, int4 or int8"):
         list(export_bundles(str(checkpoint), [(target, tmp_path / "x")], options, report=told.append))
     assert told == []
 
