@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as PIL
 from safetensors.numpy import load_file, save_file
@@ -35,9 +36,8 @@ from mobilemm.runtime.session import Session
 MAX_PARAMETERS_TO_RUN = 400_000_000
 # An int8 cache is young: the only release it was run on.
 INT8_CACHE_RUNTIME = "1.31.0"
-QUESTION = "What is in this picture?"
+QUESTION, TEXT_QUESTION = "What is in this picture?", "Which animals live in the sea?"
 ANSWER_TOKENS = 24
-ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -151,14 +151,24 @@ def _export(
     return Result(bundle, records, answer, notes)
 
 
+def _asked(model: Model) -> list[dict[str, Any]]:
+    """The golden conversation up to the answer, as messages."""
+    picture = [] if model.split.image is None else [{"type": "image"}]
+    return [{"role": "user", "content": [*picture, {"type": "text", "text": _question(model)}]}]
+
+
+def _question(model: Model) -> str:
+    return QUESTION if model.split.image is not None else TEXT_QUESTION
+
+
 def _refuse_short_context(model: Model) -> None:
     """Raises MobileMMError when not even the golden conversation fits."""
-    needed = len(model.tokenizer.encode(ASKED)) + ANSWER_TOKENS
+    needed = len(model.tokenizer.encode(_asked(model))) + ANSWER_TOKENS
     context = model.decoder.spec.context_length
     if needed > context:
         raise MobileMMError(
-            f"--max-seq-len {context}: one picture, a question and an answer take {needed} tokens of this"
-            " model; give at least that"
+            f"--max-seq-len {context}: {'one picture, ' if model.split.image else ''}a question and an answer"
+            f" take {needed} tokens of this model; give at least that"
         )
 
 
@@ -206,14 +216,9 @@ def _converse(
     model: Model, folder: Path, draft: manifest.Manifest, options: ExportOptions
 ) -> manifest.GoldenConversation:
     """One whole conversation with the bundle that is being made, in greedy decoding; its table's sums."""
-    picture = next((file for sample in read_calibration(options.calibration) for file in sample.files), None)
-    if picture is None:
-        image = PIL.new("RGB", (model.split.image.width, model.split.image.height), (200, 30, 30))
-    else:
-        image = PIL.open(io.BytesIO(picture.read_bytes())).convert("RGB")
-        image.thumbnail((512, 512))
-    path = "golden/picture.png"
-    image.save(folder / path)
+    path = None if model.split.image is None else "golden/picture.png"
+    if path is not None:
+        _picture(model, options).save(folder / path)
     stubs = [
         manifest.File(path=str(file.relative_to(folder)), bytes=0, sha256="0" * 64)
         for file in folder.rglob("*")
@@ -224,12 +229,25 @@ def _converse(
     golden = folder / "golden" / "embed.safetensors"
     save_file({**load_file(golden), ROW_SUMS: row_sums(draft, backend)}, golden)
     session = Session(bundle, backend, Sampling(max_new_tokens=ANSWER_TOKENS))
-    session.look_at(folder / path)
-    answer = session.reply(QUESTION)
-    ids = session.tokenizer.encode(ASKED)
+    if path is not None:
+        session.look_at(folder / path)
+    question = _question(model)
+    answer = session.reply(question)
+    ids = session.tokenizer.encode(_asked(model))
     return manifest.GoldenConversation(
-        image=path, prompt=QUESTION, input_ids=ids, answer_ids=session.answer_ids, answer=answer
+        image=path, prompt=question, input_ids=ids, answer_ids=session.answer_ids, answer=answer
     )
+
+
+def _picture(model: Model, options: ExportOptions) -> PIL.Image:
+    """The calibration's first picture, or a red one."""
+    picture = next((file for sample in read_calibration(options.calibration) for file in sample.files), None)
+    if picture is not None:
+        image = PIL.open(io.BytesIO(picture.read_bytes())).convert("RGB")
+        image.thumbnail((512, 512))
+        return image
+    assert model.split.image is not None
+    return PIL.new("RGB", (model.split.image.width, model.split.image.height), (200, 30, 30))
 
 
 class _PytorchAnswer:

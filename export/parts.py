@@ -62,6 +62,7 @@ class Vision(nn.Module):
 
     def __init__(self, split: SplitModel) -> None:
         super().__init__()
+        assert split.vision is not None
         self.encoder = split.vision
         mean = torch.tensor(split.mean, dtype=torch.float32) * 255
         std = torch.tensor(split.std, dtype=torch.float32) * 255
@@ -117,7 +118,7 @@ class TokenEmbedding(nn.Module):
 
 
 def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, Part]:
-    """The parts of a model: vision, embed, decoder.
+    """The parts of a model: vision, if it has eyes, embed, decoder.
 
     Raises MobileMMError for a language model with a piece that export does not know.
     """
@@ -129,7 +130,7 @@ def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, 
         embed = Embed(spec.vocab_size, spec.hidden_size, split.image_token_id, spec.embedding_scale)
         decoder = Decoder(spec)
     image = split.image
-    features = torch.zeros(split.num_image_tokens, spec.hidden_size)
+    features = torch.zeros(split.num_image_tokens or 2, spec.hidden_size)
     decoder_inputs: dict[str, Tensor] = {"inputs_embeds": torch.zeros(1, 3, spec.hidden_size)}
     decoder_dynamic = {"inputs_embeds": {0: "batch", 1: "length"}, "logits": {0: "batch", 1: "positions"}}
     if spec.mrope_section is not None:
@@ -137,14 +138,17 @@ def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, 
         decoder_dynamic["position_ids"] = {1: "batch", 2: "length"}
     decoder_inputs["logits_positions"] = torch.tensor([0, -1])
     decoder_dynamic["logits_positions"] = {0: "positions"}
-    return {
-        "vision": Part(
+    parts = {}
+    if image is not None:
+        parts["vision"] = Part(
             "vision",
             Vision(split),
             {"pixels": torch.zeros(2, 3, image.height, image.width, dtype=torch.uint8)},
             ("image_features",),
             {"pixels": {0: "images"}, "image_features": {0: "image_tokens"}},
-        ),
+        )
+    return {
+        **parts,
         "embed": Part(
             "embed",
             embed,

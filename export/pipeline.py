@@ -64,6 +64,8 @@ def export_parts(
     """
     work.mkdir(parents=True, exist_ok=True)
     samples = read_calibration(options.calibration)
+    if model.split.image is None:
+        samples = [sample for sample in samples if not sample.files]
     prints = fingerprints(model, target, options)
     names = [name for name in ORDER if name in model.parts]
     finished = {name: _finished(work, name, prints[name]) for name in names}
@@ -155,7 +157,9 @@ class _Proof:
             if self._behind_pictures(model) <= longest:
                 break
         else:
-            self.pictures = [np.full((3, model.split.image.height, model.split.image.width), 128, np.uint8)]
+            self.ids, self.pictures = [], []
+        if (image := model.split.image) is not None and not self.pictures:
+            self.pictures = [np.full((3, image.height, image.width), 128, np.uint8)]
             self.ids = [model.split.image_token_id] * model.split.num_image_tokens
         text = next((sample for sample in samples if not sample.files), None)
         if text is not None:
@@ -170,9 +174,8 @@ class _Proof:
 
     def inputs(self, model: Model, part: Part) -> dict[str, Tensor]:
         """The part's inputs."""
-        pixels = torch.from_numpy(np.stack(self.pictures))
         if part.name == "vision":
-            return {"pixels": pixels}
+            return {"pixels": torch.from_numpy(np.stack(self.pictures))}
         if part.name == "embed":
             ids = torch.tensor([self.ids])
             count = int((ids == model.split.image_token_id).sum())
@@ -182,7 +185,8 @@ class _Proof:
                 "image_features": self.embeddings[ids == model.split.image_token_id].view(count, width),
             }
         inputs = {"inputs_embeds": self.embeddings}
-        grid = model.split.image.position_grid
+        image = model.split.image
+        grid = None if image is None else image.position_grid
         if "position_ids" in part.inputs and grid is not None:
             positions = rope_positions(self.ids, model.split.image_token_id, grid)
             inputs["position_ids"] = torch.from_numpy(np.ascontiguousarray(positions)).view(3, 1, -1)

@@ -18,8 +18,8 @@ class SplitModel:
     Attributes:
         family: its name, as in `mobilemm.export.families`.
         vision: normalized pixels, float (images, 3, height, width) → (images, num_image_tokens, text width):
-            the encoder without layers that nothing uses, and the projector.
-        image: how a picture becomes pixels.
+            the encoder without layers that nothing uses, and the projector. None of a language model alone.
+        image: how a picture becomes pixels; likewise.
         mean, std: the normalization of pixels scaled to 0…1, one number a channel.
         num_image_tokens: positions that one picture takes.
         image_token_id: the placeholder of such a position in `input_ids`.
@@ -32,8 +32,8 @@ class SplitModel:
     """
 
     family: str
-    vision: nn.Module
-    image: Image
+    vision: nn.Module | None
+    image: Image | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_image_tokens: int

@@ -9,7 +9,9 @@ import importlib
 from typing import Any
 
 from mobilemm.errors import MobileMMError
+from mobilemm.export.families import text
 from mobilemm.export.split import SplitModel
+from mobilemm.models.checkpoints.text_model import TextProcessor
 
 # transformers' model_type → the module here whose `split` takes it.
 FAMILIES = {
@@ -27,13 +29,18 @@ def split_model(model: Any, processor: Any, image_size: int | None = None) -> Sp
     """Takes a model of any supported family apart, for pictures of one tile each.
 
     Args:
-        model, processor: as `mobilemm.load` gives them. Neither is changed; modules and weights are shared.
+        model, processor: as `mobilemm.load` gives them, or `load_text_model`. Neither is changed; modules and
+            weights are shared.
         image_size: side of the square that pictures are made, in pixels, for families that leave it open
             (Qwen2.5-VL); of the others, None or their own.
 
     Raises MobileMMError naming the piece that export does not know (model_type, vision model, projector,
     image processor), or when model and processor do not agree on the number of tokens of a picture.
     """
+    if isinstance(processor, TextProcessor):
+        if image_size is not None:
+            raise MobileMMError(f"--image-size {image_size}: this model takes no pictures; leave it out")
+        return text.split(model, processor)
     config = model.config
     module = FAMILIES.get(config.model_type)
     if module is None:
@@ -64,6 +71,8 @@ def _num_tokens(split: SplitModel) -> int:
     import torch
     from torch._subclasses import FakeTensorMode
 
+    assert split.vision is not None
+    assert split.image is not None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         features = split.vision(torch.zeros(1, 3, split.image.height, split.image.width))
     return int(features.shape[1])

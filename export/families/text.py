@@ -1,4 +1,4 @@
-"""The language model inside a multimodal one: its config, and its weights under a causal LM's names."""
+"""Language models, alone and inside multimodal ones: config, and weights under a causal LM's names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ import copy
 from typing import Any
 
 from torch import Tensor
+
+from mobilemm.export.split import SplitModel
+
+
+def split(model: Any, processor: Any) -> SplitModel:
+    """Of a causal LM by itself; `processor` is a `TextProcessor`."""
+    config, weights = language_model(model, model.config, {"": ""})
+    return SplitModel(
+        family=config.model_type,
+        vision=None,
+        image=None,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        num_image_tokens=0,
+        image_token_id=config.vocab_size,  # no word's
+        text_config=config,
+        text_weights=weights,
+        processor=processor,
+    )
 
 
 def language_model(model: Any, config: Any, prefixes: dict[str, str]) -> tuple[Any, dict[str, Tensor]]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Headings of the help.
 QUANTIZATION, ONNX, COREML, EXECUTORCH = "Quantization", "ONNX", "Core ML", "ExecuTorch"
-QUANTIZED = "int4, int6, int8, fp16 or fp32"
+SWIFT_NAMES = "swift-transformers"
+QUANTIZED = "int4, int6, int8, pal4, pal6 (palettes: Core ML), fp16 or fp32"
 
 
 def export(
@@ -53,7 +54,7 @@ def export(
         typer.Option(
             "--q-vision",
             rich_help_panel=QUANTIZATION,
-            help="Vision encoder and projector, likewise (int8 unless said).",
+            help="Vision encoder and projector, likewise (int8 unless said), or w8a8 for Core ML.",
         ),
     ] = None,
     q_method: Annotated[
@@ -67,7 +68,9 @@ def export(
     block_size: Annotated[
         int | None,
         typer.Option(
-            "--block-size", rich_help_panel=QUANTIZATION, help="Weights that share a scale: 16 to 256."
+            "--block-size",
+            rich_help_panel=QUANTIZATION,
+            help="Weights that share a scale, or rows that share a palette: 16 to 256.",
         ),
     ] = None,
     asymmetric: Annotated[
@@ -79,7 +82,7 @@ def export(
         typer.Option(
             "--q-keep",
             rich_help_panel=QUANTIZATION,
-            help='Decoder layers stored otherwise: "layers.0.*=8", "*.down=int8".',
+            help='Decoder layers stored otherwise: "layers.0.*=8", "*.down=pal6".',
         ),
     ] = None,
     q_search: Annotated[
@@ -144,8 +147,19 @@ def export(
         str, typer.Option(rich_help_panel=COREML, help="gpu, or ane with convolutions for the Neural Engine.")
     ] = "gpu",
     prefill_length: Annotated[
-        int, typer.Option(rich_help_panel=COREML, help="Positions that the decoder takes at once.")
-    ] = 64,
+        list[int],
+        typer.Option(
+            rich_help_panel=COREML,
+            help="Positions that the decoder takes at once; given more than once, a function for each.",
+        ),
+    ] = [64],  # noqa: B006 (typer's own form)
+    coreml_names: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=COREML,
+            help="mobilemm, or swift-transformers: of a text model a package for that library, no bundle.",
+        ),
+    ] = "mobilemm",
     backend: Annotated[
         str, typer.Option("--backend", rich_help_panel=EXECUTORCH, help="xnnpack, or portable (slow).")
     ] = "xnnpack",
@@ -236,6 +250,30 @@ def export(
         },
     }
     targets = [find_target(name, **flags.get(name, {})) for name in names]
+    if coreml_names not in ("mobilemm", SWIFT_NAMES):
+        raise MobileMMError(f"--coreml-names {coreml_names!r}: choose mobilemm or {SWIFT_NAMES}")
+    if coreml_names == SWIFT_NAMES:
+        if names != ["coreml"] or model is None or dry_run:
+            raise MobileMMError(f"--coreml-names {SWIFT_NAMES} needs a text model and --target coreml alone")
+        from mobilemm.export.targets.coreml import CoreMLTarget
+        from mobilemm.export.targets.swift_transformers import export_text_model
+
+        assert isinstance(targets[0], CoreMLTarget)
+        place = output or Path(f"{Path(model).name}-{SWIFT_NAMES}")
+        with console.status("") as status:
+            parity = export_text_model(
+                model,
+                place,
+                options,
+                targets[0],
+                overwrite=force,
+                report=status.update,  # type: ignore[arg-type]
+            )
+        text = "not verified"
+        if parity is not None:
+            text = f"cosine {parity.cosine:.5f} to fp32 PyTorch, conversion {parity.conversion_db:.0f} dB"
+        Console().print(f"{place}: {text}", highlight=False, markup=False)
+        return
     if dry_run:
         from mobilemm.export.plan_sizes import estimate
 
