@@ -16,7 +16,7 @@ from mobilemm.export.layerwise import (
     Stream,
     linears,
     load_parameters,
-    needs_data,
+    uses_data,
     quantize_linear,
 )
 from mobilemm.export.quantization import INT4_BLOCK, Bits, PartPlan, QuantizedWeight, WeightScheme
@@ -64,7 +64,7 @@ def measure_damage(
         untouched = Stream(decoder, stream.hidden[:rows])
         schemes = {name: plan.scheme(f"layers.{index}.{name}") for name, _ in linears(layer)}
         coarse = {name: scheme for name, scheme in schemes.items() if scheme.bits < FINE_BITS}
-        hessians = untouched.hessians(layer) if any(map(needs_data, coarse.values())) else {}
+        hessians = untouched.hessians(layer) if any(map(uses_data, coarse.values())) else {}
         variants = []
         for name, scheme in coarse.items():
             linear = getattr(layer, name)
