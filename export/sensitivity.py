@@ -16,8 +16,8 @@ from mobilemm.export.layerwise import (
     Stream,
     linears,
     load_parameters,
-    uses_data,
     quantize_linear,
+    uses_data,
 )
 from mobilemm.export.quantization import INT4_BLOCK, Bits, PartPlan, QuantizedWeight, WeightScheme
 
