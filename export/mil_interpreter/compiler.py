@@ -175,7 +175,7 @@ class Call(Step):
             if self.store.keeps(expression, tensor):
                 self.fixed[name] = tensor
             else:
-                self.fetched.append((name, lambda _, read=read, what=expression: read(what)))
+                self.fetched.append((name, _once_more(read, expression)))
         self.pending = []
 
     def _fetch_all(self, operands: Sequence[Operand]) -> Callable[[Values], Any]:
@@ -183,6 +183,10 @@ class Call(Step):
             self.store.tensor(operand) if isinstance(operand, Expression) else values[operand]
             for operand in operands
         ]
+
+
+def _once_more(read: Callable[[Expression], Tensor], expression: Expression) -> Callable[[Values], Tensor]:
+    return lambda _: read(expression)
 
 
 class ReadState(Step):
