@@ -25,21 +25,23 @@ DTYPES = {
 SIZES = {"8": 1, "t8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}
 
 
-# What operators are given, by letters: a tensor, an integer, a number, a bool, anything. The runtime trusts
-# that it is so, and ends the process where it is not.
+# What operators are given: tensors, integers, numbers, bools, lists of integers, or anything (.), by their
+# first letters. The runtime trusts that it is so, and ends the process where it is not.
 SIGNATURES = {
     "aten::sym_size.int": "tii",
     "aten::select_copy.int_out": "tiitt",
     "aten::slice_copy.Tensor_out": "ti..itt",
     "aten::unsqueeze_copy.out": "titt",
     "aten::embedding.out": "ttibbtt",
+    "aten::expand_copy.out": "tlbtt",
+    "aten::permute_copy.out": "tltt",
     "aten::_local_scalar_dense": "t.",
+    "executorch_prim::et_view.default": "tlt",
     "llama::update_cache.out": "ttitt",
     "llama::custom_sdpa.out": "ttti.nbntt",
     "quantized_decomposed::embedding_4bit.dtype_out": "tt.iititt",
     "quantized_decomposed::embedding_byte.dtype_out": "tt.iititt",
 }
-KINDS: dict[str, tuple[type, ...]] = {"i": (int,), "n": (int, float), "b": (bool,), ".": (object,)}
 
 
 class PteError(ValueError):
@@ -55,7 +57,14 @@ class TensorType:
     dynamic: bool
 
 
-Value = TensorType | int | float | bool | str | None
+@dataclass(frozen=True)
+class IntegerList:
+    """A list of integers, by the indices that they have among a method's values."""
+
+    indices: tuple[int, ...]
+
+
+Value = TensorType | IntegerList | int | float | bool | str | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ class _Table:
         if 6 + 2 * number > length:
             return None
         offset = self.reader.number("<H", vtable + 4 + 2 * number)
+        if offset >= self.reader.number("<H", vtable + 2):
+            raise PteError("its structure is damaged (a field behind its table)")
         return self.at + offset if offset else None
 
     def number(self, number: int, form: str, default: int = 0) -> Any:
@@ -222,6 +233,11 @@ def _method(
             _within(index, len(values), f"a value of method {name[:40]!r}")
         return numbers
 
+    for value in values:
+        if isinstance(value, IntegerList) and not all(
+            type(values[index]) is int for index in indices(value.indices)
+        ):
+            raise PteError(f"a list of method {name[:40]!r} holds what is no integer")
     operators = [f"{one.text(0)}.{one.text(1)}".removesuffix(".") for one in plan.tables(6)]
     backends: list[str] = []
     for one in plan.tables(7):
@@ -277,10 +293,10 @@ def _instruction(
 
 
 def _is_given(letters: str, given: Sequence[Value]) -> bool:
+    numbers = {"i": (int,), "n": (int, float), "b": (bool,)}
+    kinds = {**numbers, "t": (TensorType,), "l": (IntegerList,)}
     return len(letters) == len(given) and all(
-        isinstance(value, KINDS.get(letter, (TensorType,)))
-        and (letter in "b." or not isinstance(value, bool))
-        for letter, value in zip(letters, given, strict=True)
+        letter == "." or type(value) in kinds[letter] for letter, value in zip(letters, given, strict=True)
     )
 
 
@@ -296,6 +312,8 @@ def _value(one: _Table, planned: Sequence[int], constants: Sequence[int], consta
         return float(body.number(0, "<d"))
     if kind == 6:
         return body.text(0)
+    if kind == 7:
+        return IntegerList(body.numbers(0, "<q"))
     if kind != 5:
         return None
     code = body.number(0, "<b")
@@ -319,6 +337,8 @@ def _value(one: _Table, planned: Sequence[int], constants: Sequence[int], consta
         _within(index, len(constants), "a constant")
         if allocation is None and constants[index] + nbytes > constant_bytes:
             raise PteError("a constant lies behind the file's")
+    if (extra := body.table(9)) is not None:
+        extra.text(1)  # the buffer's name
     return TensorType(dtype, tuple(sizes), body.number(8, "<b") != 0)
 
 
