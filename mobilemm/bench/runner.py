@@ -25,7 +25,7 @@ from PIL import Image
 from mobilemm.bench.machine import EnergyMeter
 from mobilemm.bench.result import Settings
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.backends import Backend, open_backend
+from mobilemm.runtime.backends import Array, Backend, open_backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.manifest import Strict
@@ -140,9 +140,9 @@ class Runner:
         special = {model.image_token_id, *model.eos_token_ids}
         return [int(token) for token in drawn if int(token) not in special][:count]
 
-    def _embed(self, ids: list[int]) -> np.ndarray[Any, Any]:
+    def _embed(self, ids: list[int]) -> Array:
         empty = np.zeros((0, self.manifest.model.hidden_size), np.float32)
-        inputs = {"input_ids": np.array([ids], np.int64), "image_features": empty}
+        inputs: dict[str, Array] = {"input_ids": np.array([ids], np.int64), "image_features": empty}
         return self.backend.run("embed", inputs)["inputs_embeds"]
 
     def _repeat(self, name: str, action: Callable[[int], Any]) -> None:

@@ -41,7 +41,7 @@ def bench(
     results = []
     for folder in bundles:
         with errors.status(str(folder)) as status:
-            result = bench_here(folder, settings, lambda text, name=folder: status.update(f"{name}: {text}"))
+            result = bench_here(folder, settings, status.update)
         results.append(result)
         console.print(result_table(result))
         for line in notes(result):
