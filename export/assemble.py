@@ -228,7 +228,7 @@ def _converse(
     backend = open_backend(bundle)
     golden = folder / "golden" / "embed.safetensors"
     save_file({**load_file(golden), ROW_SUMS: row_sums(draft, backend)}, golden)
-    session = Session(bundle, backend, Sampling(max_new_tokens=ANSWER_TOKENS))
+    session = Session(bundle, backend, Sampling(max_new_tokens=ANSWER_TOKENS), keep_vision=False)
     if path is not None:
         session.look_at(folder / path)
     question = _question(model)

@@ -49,10 +49,10 @@ def _spliced(part: Part, model: mil_interpreter.Model, inputs: Mapping[str, Arra
 def _decoder_logits(model: mil_interpreter.Model, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
     """All functions, each on what the others have written.
 
-    `decode` gives all positions of the first chunk, on a state of its own. Then `prefill` takes that chunk on
-    an empty state, and decoding goes on behind it. Of each later chunk `prefill` gives the last position's
-    logits once more, over the keys and values that decoding wrote. Where there are several of them, the
-    shorter give those of the positions before, and the longest writes the chunk anew behind them.
+    `decode` gives all positions of the first chunk. Then `prefill` takes that chunk on an empty state, and
+    decoding goes on behind it. Of each later chunk `prefill` gives the last position's logits once more, over
+    the keys and values that decoding wrote. Where there are several of them, the shorter give those of the
+    positions before, and the longest writes the chunk anew behind them.
     """
     embeds = inputs["inputs_embeds"].astype(np.float16)
     rope = inputs.get("position_ids")
@@ -74,13 +74,12 @@ def _decoder_logits(model: mil_interpreter.Model, inputs: Mapping[str, Array]) -
             given["last_index"] = np.array([stop - start - 1], np.int32)
         return model(given, function=function, state=state)["logits"].astype(np.float32)
 
-    alone, state = model.make_state(), model.make_state()
+    state = model.make_state()
     for start in range(0, count, width):
         stop = min(start + width, count)
+        logits += [call("decode", index, index + 1, 1, state) for index in range(start, stop)]
         if start == 0:
-            logits += [call("decode", index, index + 1, 1, alone) for index in range(stop)]
-        else:
-            logits += [call("decode", index, index + 1, 1, state) for index in range(start, stop)]
+            state = model.make_state()  # one at a time: of a large model it takes a gigabyte
         if start + width > buffer_length(model):
             continue
         logits[-1] = call(longest, start, stop, width, state)
