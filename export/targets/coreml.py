@@ -38,7 +38,7 @@ from mobilemm.export.targets.coreml_conversion import (
 )
 from mobilemm.export.targets.coreml_functions import merge
 from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, STATES, DecoderStep, Layout, lower
-from mobilemm.export.targets.coreml_package import describe, require_states, signature
+from mobilemm.export.targets.coreml_package import describe, require_rotary, require_states, signature
 from mobilemm.export.verify import share_tensors
 from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
 
@@ -199,6 +199,7 @@ class CoreMLTarget:
                     step, {name: known[name] for name in step.input_names}, ["logits"], single, STATES
                 )
                 require_states(single, spec.num_layers)
+                require_rotary(single, spec.rope_tables)
                 packages[function] = single
                 del step
                 release()

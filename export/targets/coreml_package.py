@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mobilemm import __version__
 from mobilemm.errors import MobileMMError
+from mobilemm.export.decoder_spec import RopeTable
 from mobilemm.export.mil_interpreter.features import Feature, read_signature, result_types
 from mobilemm.export.mil_interpreter.package import Package
-from mobilemm.export.mil_interpreter.program import read_functions
+from mobilemm.export.mil_interpreter.program import Constant, read_functions
 from mobilemm.runtime import manifest
 
 SPEC_FILE = Path("Data/com.apple.CoreML/model.mlmodel")
@@ -112,6 +115,32 @@ def require_states(package: Path, num_layers: int, wanted: tuple[str, str] = ("k
             f"part 'decoder': coremltools has kept states {names} and {writes} writes into them, where"
             f" {', '.join(wanted)} and {2 * num_layers} are wanted"
         )
+
+
+def require_rotary(package: Path, tables: Sequence[RopeTable]) -> None:
+    """Raises MobileMMError unless a decoder's cosines and sines are stored, and right, for all positions.
+
+    An export runs the first few hundred positions only: phases in float16 are well there, and wrong behind.
+    """
+    for function in read_functions(Package(package)).values():
+        operations = function.block.operations
+        constants = {
+            operation.outputs[0][0]: operation.operand("val")
+            for operation in operations
+            if operation.type == "const"
+        }
+        for index, table in enumerate(tables):
+            frequencies = table.inverse_frequencies.double().numpy()
+            for kind, turn in (("cos", np.cos), ("sin", np.sin)):
+                stored = constants.get(f"rope_{kind}_{index}_weight")
+                if not isinstance(stored, Constant):
+                    raise MobileMMError(f"part 'decoder': its rotary {kind} is computed or compressed")
+                values = stored.array().astype(np.float64)
+                wanted = turn(np.outer(np.arange(len(values)), frequencies)) * table.scaling
+                # float16 is off by 0.0005, angles in float32 by their size's last digit.
+                allowed = (0.001 + 2e-7 * len(values)) * table.scaling
+                if not np.abs(values - wanted).max() <= allowed:
+                    raise MobileMMError(f"part 'decoder': phases of its rotary {kind} are lost on the way")
 
 
 def _features(spec: Any) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from mobilemm.export.decoder_spec import RopeTable, decoder_spec
 from mobilemm.export.parts import CacheShape, Part
 from mobilemm.export.quantization import QuantizedLinear, WeightScheme
 from mobilemm.export.quantizers import quantize
-from mobilemm.export.targets import coreml_lowering
+from mobilemm.export.targets import coreml, coreml_lowering
 from mobilemm.export.targets.coreml import CoreMLOptions, CoreMLTarget
 from mobilemm.export.targets.coreml_package import SPEC_FILE, read_spec
 from mobilemm.export.targets.coreml_weights import Weight
@@ -68,10 +68,10 @@ def passes_the_gate(embeds: Tensor, folder: Path, layout: Any = "gpu") -> bool:
     decoder = tiny_decoder()
     part = Part("decoder", decoder, {}, ("logits",), cache=CacheShape(2, 1, 32))
     target = CoreMLTarget(CoreMLOptions(layout=layout))
-    exported = target.write(part, decoder, folder)
     wanted = decoder(embeds, EagerCache()).numpy()
-    found = target.run(part, exported, folder, {"inputs_embeds": embeds.numpy()})
     try:
+        exported = target.write(part, decoder, folder)
+        found = target.run(part, exported, folder, {"inputs_embeds": embeds.numpy()})
         verify.check("decoder", 4, verify.measure(found, wanted, wanted, bits=4, logits=True), half=True)
     except MobileMMError:
         return False
@@ -136,6 +136,9 @@ def test_rotary_phases_are_exact_far_into_a_conversation(
     exact = decibels()
     assert min(exact) > 40
     monkeypatch.setattr(coreml_lowering, "rotary_values", phases_in_float16)
+    with pytest.raises(MobileMMError, match="phases of its rotary"):
+        decibels()
+    monkeypatch.setattr(coreml, "require_rotary", lambda package, tables: None)
     assert decibels()[-1] < exact[-1] - 15
 
 
