@@ -24,25 +24,27 @@ def prefill_limit(manifest: Manifest, settings: Settings, rates: Rates) -> Limit
     head = model.vocab_size * model.hidden_size  # for the last position alone
     products = max(manifest.parts["decoder"].parameters - head, 0) * count + head
     attention = 2 * model.num_layers * model.num_attention_heads * model.head_dim * count * count / 2
-    arithmetic = 2 * (products + attention) / rates.operations
-    reading = decoder_bytes(manifest) / rates.bandwidth
-    slower = "operations" if arithmetic >= reading else "bandwidth"
-    return Limit(best=count / max(arithmetic, reading), by=slower)  # type: ignore[arg-type]
+    return _rate(count, decoder_bytes(manifest), 2 * (products + attention), rates)
 
 
 def decode_limit(manifest: Manifest, settings: Settings, rates: Rates) -> Limit:
     """Tokens a second: each token reads all weights, and half of its keys and values on average more."""
     length = settings.prompt_tokens + settings.new_tokens / 2
     moved = decoder_bytes(manifest) + length * cache_bytes_per_token(manifest)
-    arithmetic = 2 * manifest.parts["decoder"].parameters / rates.operations
-    reading = moved / rates.bandwidth
-    slower = "operations" if arithmetic >= reading else "bandwidth"
-    return Limit(best=1 / max(arithmetic, reading), by=slower)  # type: ignore[arg-type]
+    return _rate(1, moved, 2 * manifest.parts["decoder"].parameters, rates)
 
 
 def load_limit(total: int, rates: Rates) -> Limit:
     """Seconds: each byte of the weights is read once, from memory when the system still has it there."""
     return Limit(best=total / rates.bandwidth, by="bandwidth")
+
+
+def _rate(tokens: int, moved: float, computed: float, rates: Rates) -> Limit:
+    """Tokens a second, when so many bytes and operations go into them."""
+    reading, arithmetic = moved / rates.bandwidth, computed / rates.operations
+    if arithmetic >= reading:
+        return Limit(best=tokens / arithmetic, by="operations")
+    return Limit(best=tokens / reading, by="bandwidth")
 
 
 def decoder_bytes(manifest: Manifest) -> int:
