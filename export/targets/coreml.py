@@ -205,7 +205,7 @@ class CoreMLTarget:
                 release()
             merge(packages, "decode", package)
 
-    def write_text_step(self, step: nn.Module, context: int, num_layers: int, package: Path) -> None:
+    def write_text_step(self, step: DecoderStep, context: int, package: Path) -> None:
         """Converts a `TextStep` (see `swift_transformers`) for conversations of so many tokens.
 
         Raises MobileMMError as `write` does.
@@ -214,13 +214,14 @@ class CoreMLTarget:
             "inputIds": _Input((1, None), torch.int32, longest=context),
             "causalMask": _Input((1, 1, 1, None), torch.float16, shortest=2, longest=context + 1, traced=8),
         }
-        states: tuple[str, str] = step.states  # type: ignore[assignment]
+        spec, states = step.decoder.spec, step.states
         try:
             with _quiet(), unchecked_passes(), torch.no_grad():
                 self._convert(step, inputs, ["logits"], package, states)
         except Exception as error:
             raise MobileMMError(f"coremltools cannot convert the model ({one_line(error)})") from error
-        require_states(package, num_layers, states)
+        require_states(package, spec.num_layers, states)
+        require_rotary(package, spec.rope_tables)
 
     def _write_embedding(self, module: nn.Module, package: Path) -> None:
         embedding = lower(share_tensors(TokenEmbedding(module))).eval()  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ Source: swift-transformers, Sources/Models/LanguageModel.swift, `LanguageModelWi
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export import mil_interpreter, verify
-from mobilemm.export.assemble import write_tokenizer
+from mobilemm.export.assemble import TOKENIZER_FILES, write_tokenizer
+from mobilemm.export.bundle import put_in_place
 from mobilemm.export.calibration import read_calibration
 from mobilemm.export.decoder import Decoder, EagerCache
 from mobilemm.export.model import Model, Report, open_model
@@ -74,8 +74,10 @@ def export_text_model(
     Raises MobileMMError for a model with eyes, one that cannot be expressed, and one below its floor;
     nothing is at `destination` then, or what was there before.
     """
-    if destination.exists() and not overwrite:
-        raise MobileMMError(f"{destination}: is there already; give --force, or another -o")
+    if destination.exists():
+        if not overwrite:
+            raise MobileMMError(f"{destination}: is there already; give --force, or another -o")
+        _refuse_foreign(destination)
     options = replace(options, plan=target.stores(options.plan))
     model = open_model(source, options, report)
     model = model.with_context(options.context_length or target.default_context)
@@ -104,7 +106,7 @@ def export_text_model(
             lower(verify.share_tensors(decoder)),  # type: ignore[arg-type]
             longest,
         )
-        target.write_text_step(step.half().eval(), spec.context_length, spec.num_layers, package)
+        target.write_text_step(step.half().eval(), spec.context_length, package)
         parity = None
         if options.verify:
             report("verifying")
@@ -112,10 +114,19 @@ def export_text_model(
             verify.check("decoder", plan.default.bits, parity, half=True)
         _label(package, model)
         write_tokenizer(model, folder)
-        if destination.exists():
-            shutil.rmtree(destination)
-        folder.rename(destination)
+        put_in_place(folder, destination)
     return parity
+
+
+def _refuse_foreign(destination: Path) -> None:
+    """Raises MobileMMError for a place that --force must not clear: anything but an export of this kind."""
+    names = [path.name for path in destination.iterdir()] if destination.is_dir() else [""]
+    packages = [name for name in names if name.endswith(".mlpackage")]
+    known = {*packages, "tokenizer.json", *TOKENIZER_FILES}
+    if destination.is_symlink() or (names and (len(packages) != 1 or set(names) - known)):
+        raise MobileMMError(
+            f"{destination}: holds other things than such an export, and is left alone; choose another -o"
+        )
 
 
 @torch.no_grad()

@@ -87,6 +87,22 @@ def test_the_command_writes_it_in_codes(text_checkpoint: Path, tmp_path: Path) -
     assert again.exit_code == 1
     assert "is there already" in str(again.output) + str(again.exception)
 
+    forced = CliRunner().invoke(app, [*arguments, "--force"])
+    assert forced.exit_code == 0, forced.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("found", ["a letter.txt", "other.mlpackage"])
+def test_force_leaves_folders_of_other_things_alone(
+    text_checkpoint: Path, tmp_path: Path, found: str
+) -> None:
+    place = tmp_path / "mine"
+    for name in ("tinytext.mlpackage", found):
+        (place / name).mkdir(parents=True)
+    with pytest.raises(MobileMMError, match="is left alone"):
+        export_text_model(str(text_checkpoint), place, ExportOptions(), CoreMLTarget(), overwrite=True)
+    assert sorted(path.name for path in place.iterdir()) == sorted(["tinytext.mlpackage", found])
+
 
 def test_models_with_eyes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(MobileMMError, match="takes pictures, and it knows text alone"):
