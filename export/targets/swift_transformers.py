@@ -27,7 +27,7 @@ from mobilemm.export.calibration import read_calibration
 from mobilemm.export.decoder import Decoder, EagerCache
 from mobilemm.export.model import Model, Report, open_model
 from mobilemm.export.options import ExportOptions
-from mobilemm.export.parts import TokenEmbedding
+from mobilemm.export.parts import Embed, TokenEmbedding
 from mobilemm.export.quantized_parts import QuantizedParts
 from mobilemm.export.targets.coreml import CoreMLTarget
 from mobilemm.export.targets.coreml_lowering import STATE_ALIGNMENT, DecoderStep, allow_any_length, lower
@@ -93,6 +93,7 @@ def export_text_model(
     decoder, plan = quantized.module("decoder")
     embed, _ = quantized.module("embed")
     assert isinstance(decoder, Decoder)
+    assert isinstance(embed, Embed)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as temporary:
         folder = Path(temporary) / destination.name
@@ -101,11 +102,9 @@ def export_text_model(
         report("converting")
         spec = decoder.spec
         longest = -(-spec.context_length // STATE_ALIGNMENT) * STATE_ALIGNMENT
-        step = TextStep(
-            lower(verify.share_tensors(TokenEmbedding(embed))),  # type: ignore[arg-type]
-            lower(verify.share_tensors(decoder)),  # type: ignore[arg-type]
-            longest,
-        )
+        lowered = lower(verify.share_tensors(decoder))
+        assert isinstance(lowered, Decoder)
+        step = TextStep(lower(verify.share_tensors(TokenEmbedding(embed))), lowered, longest)
         target.write_text_step(step.half().eval(), spec.context_length, package)
         parity = None
         if options.verify:

@@ -267,7 +267,7 @@ def export(
                 options,
                 targets[0],
                 overwrite=force,
-                report=status.update,  # type: ignore[arg-type]
+                report=status.update,
             )
         text = "not verified"
         if parity is not None:
