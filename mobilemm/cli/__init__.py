@@ -17,9 +17,11 @@ from mobilemm.cli.compare import compare
 from mobilemm.cli.doctor import doctor
 from mobilemm.cli.export import export
 from mobilemm.cli.inspect import inspect
+from mobilemm.cli.merge import merge
 from mobilemm.cli.pull import pull
 from mobilemm.cli.push import push
 from mobilemm.cli.run import run
+from mobilemm.cli.train import train
 from mobilemm.cli.verify import verify
 from mobilemm.errors import MobileMMError
 
@@ -37,6 +39,8 @@ app.command()(bench)
 app.command()(compare)
 app.command()(chat)
 app.command()(inspect)
+app.command()(train)
+app.command()(merge)
 app.command()(push)
 app.command()(pull)
 app.command()(doctor)

@@ -68,16 +68,27 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
 
-    def get_image_features(self, pixel_values: Tensor, **projector_inputs: Tensor) -> Tensor:
-        """Normalized pixels (images, 3, size, size) → (images, num_image_tokens, text width)."""
-        features = self.vision_encoder(pixel_values.to(self.dtype))
-        return self.projector(features.to(self.dtype), **projector_inputs)
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        **projector_inputs: Tensor,
+    ) -> Tensor:
+        """Normalized pixels (images, 3, size, size) → (images, num_image_tokens, text width).
+
+        `vision_features` (images, tokens, vision width) stand for what the encoder makes of the pixels.
+        """
+        if vision_features is None:
+            assert pixel_values is not None
+            vision_features = self.vision_encoder(pixel_values.to(self.dtype))
+        return self.projector(vision_features.to(self.dtype), **projector_inputs)
 
     def embed(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        vision_features: Tensor | None = None,
         **projector_inputs: Tensor,
     ) -> Tensor:
         """Embeddings of (batch, length) ids, with each image's placeholders replaced by its features.
@@ -88,8 +99,9 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_image = input_ids == self.config.image_token_id
         # The placeholder may lie outside the table; its row is overwritten anyway.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if image_features is None and pixel_values is not None and len(pixel_values):
-            image_features = self.get_image_features(pixel_values, **projector_inputs)
+        seen = pixel_values if vision_features is None else vision_features
+        if image_features is None and seen is not None and len(seen):
+            image_features = self.get_image_features(pixel_values, vision_features, **projector_inputs)
         given = 0 if image_features is None else image_features.shape[0]
         if not torch.compiler.is_compiling():
             slots = int(is_image.sum())
@@ -100,8 +112,27 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f" {given} given"
                 )
         if image_features is None:
-            return inputs_embeds
+            return inputs_embeds + self._untouched() if self.training else inputs_embeds
         return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds))
+
+    def _untouched(self) -> Tensor | float:
+        """Zero, through all that a picture passes and that learns.
+
+        A batch of text alone then gives these parameters a gradient of zero instead of none: processes that
+        share gradients wait for each of them, and an optimizer treats both kinds of batches alike.
+        """
+        if not torch.is_grad_enabled():
+            return 0.0
+        encoder = next(self.vision_encoder.parameters())
+        if any(parameter.requires_grad for parameter in self.vision_encoder.parameters()):
+            size = self.config.image_size
+            return 0.0 * self.get_image_features(encoder.new_zeros(1, 3, size, size)).sum()
+        if any(parameter.requires_grad for parameter in self.projector.parameters()):
+            shape = self.vision_encoder.shape
+            tokens = shape.grid[0] * shape.grid[1] + self.vision_encoder.num_prefix_tokens
+            blank = encoder.new_zeros(1, tokens, shape.width)
+            return 0.0 * self.get_image_features(vision_features=blank).sum()
+        return 0.0
 
     def forward(
         self,
@@ -112,6 +143,7 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         image_features: Tensor | None = None,
+        vision_features: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         qformer_input_ids: Tensor | None = None,
@@ -124,7 +156,10 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: all images of the batch in reading order, (images, 3, size, size), normalized;
                 None or zero rows for text alone.
             image_features: instead of `pixel_values`, what `get_image_features` gave for them.
+            vision_features: instead of `pixel_values`, what `vision_encoder` gave for them.
             labels: (batch, length) ids to predict, -100 where nothing is to be learned; spliced like the ids.
+            logits_to_keep: how many last positions, or which ones, go through the head; with labels, tokens
+                that other positions would predict do not count.
 
         Returns logits (batch, spliced length, vocabulary), or only those that `logits_to_keep` names.
         """
@@ -148,6 +183,7 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 input_ids,
                 pixel_values,
                 image_features,
+                vision_features,
                 **{name: value for name, value in instruction.items() if value is not None},
             )
         outputs = self.language_model(
@@ -160,9 +196,12 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if labels is not None:
             loss_options = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            following = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
             outputs["loss"] = self.loss_function(
                 logits=outputs.logits,
                 labels=labels,
+                shift_labels=following[:, kept].contiguous(),
                 vocab_size=self.config.text_config.vocab_size,
                 **loss_options,
             )

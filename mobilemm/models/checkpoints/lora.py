@@ -13,7 +13,6 @@ from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints.weights import CheckpointWeights, TensorInfo, read_json
 
 UNSUPPORTED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -48,10 +47,12 @@ def adapter_base(folder: Path) -> str:
 class AdapterWeights:
     """A base checkpoint's tensors with an adapter's updates merged in, W + (α / r) · B A, one at a time.
 
-    `non_lora_trainables.bin` replaces whole tensors (the projector).
+    With DoRA each row of the sum has the length that the adapter gives it. `non_lora_trainables.bin` replaces
+    whole tensors (the projector).
     Names are given back as the base model spells them; `canonical` is the layout's, for adapters that were
     trained under another spelling.
-    Source: Hu et al. 2021, arXiv 2106.09685; names as peft and the official code write them.
+    Source: Hu et al. 2021, arXiv 2106.09685; Liu et al. 2024, arXiv 2402.09353, equation 5.
+    Names as peft and the official code write them.
     """
 
     def __init__(
@@ -83,11 +84,16 @@ class AdapterWeights:
         else:
             raise MobileMMError(f"{folder}: adapter_model.safetensors or adapter_model.bin is missing")
         self.updates: dict[str, dict[str, str]] = {}
+        self.magnitudes: dict[str, str] = {}
         self.replaced: dict[str, str] = {}
         for name in self.adapter:
             found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", name)
             if found:
                 self.updates.setdefault(in_base(f"{found[1]}.weight"), {})[found[2]] = name
+            elif magnitude := re.fullmatch(
+                r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", name
+            ):
+                self.magnitudes[in_base(f"{magnitude[1]}.weight")] = name
             elif name.startswith("base_model.model.") and not re.search(
                 r"\.(modules_to_save|lora_\w+)\b", name
             ):
@@ -98,10 +104,19 @@ class AdapterWeights:
         self.extra = CheckpointWeights(folder)
         if (folder / "non_lora_trainables.bin").is_file():
             self.extra.read(folder / "non_lora_trainables.bin")
-        self.extras = {in_base(_strip(name)): name for name in self.extra}
+        # The official code's names, or those of a model whose own do not start with "model."
+        self.extras = {
+            next(
+                (place for place in map(in_base, _spellings(name)) if place in base),
+                in_base(_spellings(name)[0]),
+            ): name
+            for name in self.extra
+        }
         self.infos: dict[str, TensorInfo] = dict(base.infos)
         self.infos |= {name: self.adapter.infos[source] for name, source in self.replaced.items()}
         self.infos |= {name: self.extra.infos[source] for name, source in self.extras.items()}
+        for name in self.magnitudes.keys() - self.updates.keys():
+            raise MobileMMError(f"{self.adapter.infos[self.magnitudes[name]].file}: {name!r} has no update")
         for name, pair in self.updates.items():
             self._check(name, pair)
 
@@ -122,7 +137,10 @@ class AdapterWeights:
         update = up @ down * self._scale(name, down.shape[0])
         if self.settings.get("fan_in_fan_out"):
             update = update.T
-        return (weight.float() + update).to(weight.dtype)
+        merged = weight.float() + update
+        if name in self.magnitudes:
+            merged *= (self.adapter[self.magnitudes[name]].float() / merged.norm(dim=1))[:, None]
+        return merged.to(weight.dtype)
 
     def _check(self, name: str, pair: dict[str, str]) -> None:
         file = self.adapter.infos[next(iter(pair.values()))].file
@@ -140,6 +158,12 @@ class AdapterWeights:
             raise MobileMMError(
                 f"{file}: lora_A {down} and lora_B {up} do not make up {name!r} of shape {expected}"
             )
+        if bool(self.settings.get("use_dora")) != (name in self.magnitudes):
+            raise MobileMMError(
+                f"{file}: adapter_config.json's 'use_dora' and the tensors of {name!r} differ"
+            )
+        if name in self.magnitudes and self.adapter.infos[self.magnitudes[name]].shape != (expected[0],):
+            raise MobileMMError(f"{file}: the magnitudes of {name!r} are not {expected[0]}, one a row")
 
     def _check_settings(self) -> None:
         path = self.folder / "adapter_config.json"
@@ -168,7 +192,9 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _strip(name: str) -> str:
-    """`base_model.model.model.mm_projector.…` → `model.mm_projector.…`, as the official merge script does."""
-    name = name.removeprefix("base_model.")
-    return name.removeprefix("model.") if name.startswith("model.model.") else name
+def _spellings(name: str) -> list[str]:
+    """`base_model.model.model.mm_projector.…` → `model.mm_projector.…`, as the official merge script does;
+    and without all of peft's prefix."""
+    stripped = name.removeprefix("base_model.")
+    official = stripped.removeprefix("model.") if stripped.startswith("model.model.") else stripped
+    return [official, name.removeprefix("base_model.model.")]

@@ -19,6 +19,9 @@ from mobilemm.models.checkpoints.weights import CheckpointWeights, count_tensors
 from mobilemm.models.configuration import MobileMMConfig
 from mobilemm.models.modeling import MobileMMForConditionalGeneration
 
+# The model that ships, where a name must be written down.
+DEFAULT_MODEL = "mobilemm-default"
+
 # What is fetched of a hub repository: everything but other frameworks' weights and code.
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
 
@@ -82,7 +85,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def resolve_folder(path: str | Path | None) -> Path:
     """A local folder for a path or hub id (fetched into the hub's cache); None is the default model."""
-    if path is None:
+    if path is None or path == DEFAULT_MODEL:
         from mobilemm.models.checkpoints.default import default_model_folder
 
         return default_model_folder()

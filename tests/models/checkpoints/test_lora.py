@@ -99,6 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one module": {"target_modules": ["q_proj"]},
     "the head": {"target_modules": ["lm_head", "q_proj"]},
     "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "dora": {"use_dora": True},
     "gaussian": {"init_lora_weights": "gaussian"},
 }
 
@@ -257,10 +258,9 @@ def change(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def test_dora_is_refused_in_a_clear_line(official_checkpoint: Make) -> None:
-    folder, _ = write_adapter(official_checkpoint("ldpnetv2"), use_dora=True, target_modules=["q_proj"])
-    text = refusal(folder)
-    assert "adapter_config.json: plain LoRA is read, not LORA use_dora; merge it with peft first" in text
+def test_dora_without_its_magnitudes(adapter: Path) -> None:
+    change(adapter, use_dora=True)
+    assert "adapter_config.json's 'use_dora' and the tensors of" in refusal(adapter)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,9 @@ def test_tensors_that_do_not_fit_are_named(adapter: Path) -> None:
             "base_model.model.model.layers.9.x.lora_B.weight": torch.ones(32, 4),
         }
     )
-    assert "lora_magnitude_vector" in with_changes({f"{module}.lora_magnitude_vector": torch.ones(32)})
+    assert "'use_dora'" in with_changes({f"{module}.lora_magnitude_vector": torch.ones(32)})
+    other = module.replace("q_proj", "x_proj")
+    assert "x_proj" in with_changes({f"{other}.lora_magnitude_vector": torch.ones(32)})
     assert "'something.else'" in with_changes({"something.else": torch.ones(1)})
 
 
