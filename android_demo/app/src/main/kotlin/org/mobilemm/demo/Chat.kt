@@ -1,0 +1,361 @@
+package org.mobilemm.demo
+
+import android.app.ActivityManager
+import android.content.Context
+import android.os.Handler
+import android.os.Looper
+import org.mobilemm.Backend
+import org.mobilemm.Bundle
+import org.mobilemm.Json
+import org.mobilemm.JsonError
+import org.mobilemm.MobileMMError
+import org.mobilemm.Said
+import org.mobilemm.Sampling
+import org.mobilemm.SelfCheck
+import org.mobilemm.Session
+import org.mobilemm.Stats
+import java.io.File
+import java.io.IOException
+import java.util.UUID
+import java.util.concurrent.Executors
+
+/** One thing said, as it is shown and kept: `pictures` are files of the conversation's folder. */
+data class ChatMessage(val role: String, val text: String, val pictures: List<String> = emptyList())
+
+/** What the conversation does at the moment, for the line below it. */
+sealed interface Phase {
+    object Idle : Phase
+
+    /** Something that takes a while; the text is a string resource. */
+    data class Busy(val text: Int) : Phase
+
+    data class Answering(val tokens: Int, val rate: Double) : Phase
+
+    data class Answered(val stats: Stats, val stopped: Boolean) : Phase
+
+    data class Failed(val message: String) : Phase
+}
+
+/**
+ * The one conversation of the app, which outlives its screens: it goes on while one is rotated, and is kept on disk
+ * for when the system ends the process.
+ *
+ * All that the model does happens on one thread of its own; listeners hear of it on the main one. What a bundle can
+ * do further, drawing for one, has its place beside [answer].
+ */
+class Chat(private val context: Context, private val models: Models) {
+    private val worker = Executors.newSingleThreadExecutor { Thread(it, "model") }
+    private val main = Handler(Looper.getMainLooper())
+    private val listeners = LinkedHashSet<() -> Unit>()
+    private val folder = File(context.filesDir, "conversation")
+    private val file = File(folder, "conversation.json")
+
+    /** All that was said; the last answer grows while it is given. Of the main thread. */
+    var messages: List<ChatMessage> = emptyList()
+        private set
+
+    /** Pictures that go with the next question. */
+    var pending: List<String> = emptyList()
+        private set
+
+    var phase: Phase = Phase.Idle
+        private set(value) {
+            field = value
+            listeners.toList().forEach { it() }
+        }
+
+    val isBusy get() = phase is Phase.Busy || phase is Phase.Answering
+
+    // Of the worker's thread.
+    private var backend: Backend? = null
+    private var session: Session? = null
+    private var openName: String? = null
+
+    @Volatile private var running: Backend? = null
+
+    @Volatile private var stopping = false
+
+    init {
+        folder.mkdirs()
+        restore()
+    }
+
+    fun listen(listener: () -> Unit) = listeners.add(listener)
+
+    fun unlisten(listener: () -> Unit) = listeners.remove(listener)
+
+    fun pictureFile(name: String) = File(folder, name)
+
+    /** A place for a picture that is about to come. */
+    fun newPictureFile() = File(folder, "${UUID.randomUUID()}.picture")
+
+    /** A picture that lies in [newPictureFile] goes with the next question. */
+    fun show(picture: File) {
+        pending = pending + picture.name
+        changed()
+    }
+
+    fun takeBack(picture: String) {
+        pending = pending - picture
+        pictureFile(picture).delete()
+        changed()
+    }
+
+    /** Opens the model, unpacks it and checks it first where that was not done yet. */
+    fun start() {
+        if (isBusy || (openName != null && openName == models.chosen)) return
+        phase = Phase.Busy(R.string.loading)
+        inBackground { open() }
+    }
+
+    /** Asks with the pending pictures; the answer comes in [messages]. */
+    fun ask(text: String) {
+        if (isBusy) return
+        val question = ChatMessage("user", text, pending)
+        val before = messages
+        val waiting = pending
+        messages = before + question + ChatMessage("assistant", "")
+        pending = emptyList()
+        stopping = false
+        phase = Phase.Busy(R.string.loading)
+        inBackground(failed = {
+            messages = before
+            pending = waiting
+        }) {
+            if (open()) answer(question, before)
+        }
+    }
+
+    /** Stops the answer at once; what was said by then stays. */
+    fun stop() {
+        stopping = true
+        running?.cancel()
+    }
+
+    /** Forgets all that was said and shown. */
+    fun clear() {
+        stop()
+        messages = emptyList()
+        pending = emptyList()
+        changed()
+        inBackground {
+            session?.reset()
+            val kept = (messages.flatMap { it.pictures } + pending).toSet()
+            folder.listFiles()?.filter { it.name.endsWith(".picture") && it.name !in kept }?.forEach { it.delete() }
+            idle()
+        }
+    }
+
+    /** Gives the model's memory back, unless it is just answering; the next question loads it again. */
+    fun release() {
+        worker.execute { close() }
+    }
+
+    /** Runs something else with this thread and no model in memory: an import, a benchmark. */
+    fun alone(action: () -> Unit) {
+        worker.execute {
+            close()
+            action()
+        }
+    }
+
+    /** Checks the model anew; `report` hears each line on the main thread. */
+    fun check(
+        report: (passed: Boolean, line: String) -> Unit,
+        done: (passed: Boolean?) -> Unit,
+    ) {
+        if (isBusy) return
+        phase = Phase.Busy(R.string.checking)
+        inBackground(failed = { done(null) }) {
+            val name = models.chosen
+            if (name == null) {
+                post { phase = Phase.Failed(context.getString(R.string.no_model)) }
+                post { done(null) }
+                return@inBackground
+            }
+            close()
+            val bundle = Bundle.open(models.library.folder(name))
+            val passed = checked(bundle, report)
+            post { done(passed) }
+            idle()
+        }
+    }
+
+    private fun open(): Boolean {
+        if (models.hasPacked()) {
+            post { phase = Phase.Busy(R.string.unpacking) }
+            models.unpack()
+            post { phase = Phase.Busy(R.string.loading) }
+        }
+        val name = models.chosen
+        if (name == null) {
+            close()
+            post { phase = Phase.Failed(context.getString(R.string.no_model)) }
+            return false
+        }
+        if (session != null && openName == name) {
+            idle()
+            return true
+        }
+        close()
+        val bundle = Bundle.open(models.library.folder(name))
+        if (!models.isChecked(bundle)) {
+            post { phase = Phase.Busy(R.string.checking) }
+            val lines = ArrayList<String>()
+            if (!checked(bundle) { passed, line -> if (!passed) lines += line }) {
+                throw MobileMMError("${context.getString(R.string.check_failed)} ${lines.firstOrNull() ?: ""}")
+            }
+        }
+        val opened = Backend.open(bundle)
+        backend = opened
+        session = Session(bundle, opened, Sampling(maxNewTokens = LONGEST_ANSWER), keepVision = hasRoom(bundle))
+        openName = name
+        idle()
+        return true
+    }
+
+    private fun checked(
+        bundle: Bundle,
+        report: (Boolean, String) -> Unit,
+    ): Boolean {
+        Backend.open(bundle).use { backend ->
+            val checks =
+                SelfCheck(bundle, backend) { Pictures.decode(it) }.run { check ->
+                    post { report(check.passed, "${check.part}: ${check.text}") }
+                }
+            val passed = checks.all { it.passed }
+            if (passed) models.keepChecked(bundle)
+            return passed
+        }
+    }
+
+    /** Whether all parts may stay in memory: they and as much again must be free. */
+    private fun hasRoom(bundle: Bundle): Boolean {
+        val memory = ActivityManager.MemoryInfo()
+        (context.getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(memory)
+        return memory.availMem > 2 * bundle.manifest.parts.values.sumOf { it.peakMemory }
+    }
+
+    private fun answer(
+        question: ChatMessage,
+        before: List<ChatMessage>,
+    ) {
+        val session = session!!
+        // After another model, a restart or a failure, the session does not know what was said.
+        val known = session.messages.filter { it.role != "system" }.map { it.role to it.text }
+        if (known != before.map { it.role to it.text } || session.pending.isNotEmpty()) {
+            session.reset()
+            val said = before.map { message -> message to message.pictures.map { Pictures.decode(pictureFile(it)) } }
+            session.restore(
+                said.map { (message, rasters) -> Said(message.role, message.text, rasters.map(session::picture)) },
+            )
+        }
+        for (picture in question.pictures) session.lookAt(Pictures.decode(pictureFile(picture)))
+        post { phase = Phase.Busy(R.string.reading) }
+        var text = ""
+        running = backend
+        try {
+            if (stopping) throw MobileMMError(context.getString(R.string.stopped))
+            session.stream(question.text) { piece ->
+                text += piece
+                val soFar = text
+                val stats = session.stats!!
+                val tokens = stats.newTokens
+                val rate = stats.decodeRate
+                post {
+                    messages = messages.dropLast(1) + ChatMessage("assistant", soFar)
+                    phase = Phase.Answering(tokens, rate)
+                }
+            }
+        } finally {
+            running = null
+        }
+        val stats = session.stats!!
+        val nothing = text.isEmpty() && stopping
+        post {
+            if (nothing) {
+                messages = before
+                pending = question.pictures
+            }
+            keep()
+            phase = Phase.Answered(stats, stopping)
+        }
+    }
+
+    private fun close() {
+        session?.close()
+        backend?.close()
+        session = null
+        backend = null
+        openName = null
+    }
+
+    private fun inBackground(
+        failed: () -> Unit = {},
+        action: () -> Unit,
+    ) {
+        worker.execute {
+            try {
+                action()
+            } catch (error: MobileMMError) {
+                post {
+                    failed()
+                    phase = Phase.Failed(error.message ?: "")
+                }
+            } catch (error: OutOfMemoryError) {
+                close()
+                post {
+                    failed()
+                    phase = Phase.Failed("there is not enough memory on this device for this model")
+                }
+            }
+        }
+    }
+
+    private fun idle() = post { if (phase is Phase.Busy) phase = Phase.Idle }
+
+    private fun post(action: () -> Unit) {
+        main.post(action)
+    }
+
+    private fun changed() {
+        keep()
+        listeners.toList().forEach { it() }
+    }
+
+    /** Writes the conversation, whole or not at all; also called by screens that are about to be gone. */
+    fun keep() {
+        fun of(message: ChatMessage) = mapOf("role" to message.role, "text" to message.text, "pictures" to message.pictures)
+        // An answer that is just being given counts as far as it is; an empty one does not.
+        val said = if (messages.lastOrNull()?.text == "") messages.dropLast(2) else messages
+        val asked = if (messages.lastOrNull()?.text == "") messages[messages.size - 2].pictures else emptyList()
+        val draft = File(folder, "conversation.json.part")
+        try {
+            draft.writeText(Json.write(mapOf("messages" to said.map(::of), "pending" to (pending + asked))))
+            draft.renameTo(file)
+        } catch (_: IOException) {
+            draft.delete()
+        }
+    }
+
+    private fun restore() {
+        try {
+            val kept = Json.parse(file.readBytes()) as? Map<*, *> ?: return
+            messages =
+                (kept["messages"] as List<*>).map { value ->
+                    val message = value as Map<*, *>
+                    ChatMessage(message["role"] as String, message["text"] as String, there(message["pictures"]))
+                }
+            pending = there(kept["pending"])
+        } catch (_: IOException) {
+        } catch (_: JsonError) {
+        } catch (_: ClassCastException) {
+        }
+    }
+
+    private fun there(names: Any?) = (names as List<*>).map { it as String }.filter { pictureFile(it).isFile }
+
+    private companion object {
+        const val LONGEST_ANSWER = 512
+    }
+}

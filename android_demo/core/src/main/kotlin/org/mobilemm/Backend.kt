@@ -1,0 +1,111 @@
+package org.mobilemm
+
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import java.nio.FloatBuffer
+
+/** Numbers in memory that a runtime reads and writes where they are: direct, in the machine's byte order. */
+class Tensor(val dtype: String, val shape: List<Long>, val data: ByteBuffer) {
+    val count: Long get() = shape.fold(1L) { product, size -> product * size }
+
+    fun floats(): FloatBuffer {
+        check(dtype == "float32") { "a tensor of $dtype" }
+        return view().asFloatBuffer()
+    }
+
+    /** The bytes from the first one on, whatever has been read of them. */
+    fun view(): ByteBuffer = data.duplicate().order(ByteOrder.nativeOrder()).also { it.clear() }
+
+    companion object {
+        fun of(
+            dtype: String,
+            vararg shape: Long,
+        ): Tensor {
+            val bytes = shape.fold(1L) { product, size -> Math.multiplyExact(product, size) } * BYTES.getValue(dtype)
+            return Tensor(dtype, shape.toList(), direct(Math.toIntExact(bytes)))
+        }
+
+        fun ofFloats(
+            values: FloatArray,
+            vararg shape: Long,
+        ) = of("float32", *shape).also { it.floats().put(values) }
+
+        fun ofIds(ids: List<Int>): Tensor {
+            val tensor = of("int64", 1, ids.size.toLong())
+            val longs = tensor.view().asLongBuffer()
+            for (id in ids) longs.put(id.toLong())
+            return tensor
+        }
+
+        internal val BYTES = mapOf("float32" to 4, "float16" to 2, "uint8" to 1, "int8" to 1, "int32" to 4, "int64" to 8)
+
+        internal fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())
+    }
+}
+
+/** The language model with the keys and values of one conversation. */
+interface Decoder : AutoCloseable {
+    /** How many positions the cache holds. */
+    val length: Int
+
+    /**
+     * Appends `inputs_embeds` (1, n, hidden) to the cache; logits (vocabulary) behind the last one, valid until the
+     * next call. `positions` int64 (3, 1, n) only for models whose positions have three dimensions.
+     *
+     * When it raises, the cache is what it was before. Raises [MobileMMError] when the cache would grow longer than
+     * the model's context, [Cancelled] when somebody has cancelled.
+     */
+    fun decode(
+        embeds: Tensor,
+        positions: Tensor? = null,
+    ): FloatBuffer
+
+    /** Forgets all positions from `length` on. */
+    fun truncate(length: Int)
+}
+
+/** One bundle, its parts loaded when they are first used. */
+interface Backend : AutoCloseable {
+    /** What runs it here, for people: a name and a version. */
+    val runtime: String
+
+    /** Loads a part now. Raises [MobileMMError] when it cannot be loaded. */
+    fun load(part: String)
+
+    /** Gives a part's memory back; the next use loads it again. */
+    fun release(part: String)
+
+    /** Runs a part that keeps no state: its outputs by name. Raises [MobileMMError] when it cannot. */
+    fun run(
+        part: String,
+        inputs: Map<String, Tensor>,
+    ): Map<String, Tensor>
+
+    /** A decoder with an empty cache. Several share the weights. */
+    fun decoder(): Decoder
+
+    /** Stops what runs now, from any thread: it raises [Cancelled]. So does what comes next, until [resume]. */
+    fun cancel()
+
+    /** Takes back [cancel]. */
+    fun resume()
+
+    companion object {
+        /** What runs this bundle on this device. Raises [MobileMMError] for targets that it has no runtime for. */
+        fun open(
+            bundle: Bundle,
+            threads: Int = 0,
+        ): Backend {
+            if (bundle.manifest.target != "onnx") {
+                throw MobileMMError(
+                    "${bundle.folder}: this app runs bundles for onnx, this one is for ${bundle.manifest.target}: export the" +
+                        " model with --target onnx",
+                )
+            }
+            return OnnxBackend(bundle, threads)
+        }
+    }
+}
+
+/** Somebody has called [Backend.cancel]. */
+class Cancelled : MobileMMError("stopped")

@@ -1,0 +1,181 @@
+package org.mobilemm
+
+import java.text.Normalizer
+
+/** Checks what a manifest's types cannot say. Raises [KeyFault] at the first thing that does not hold together. */
+internal fun checkAgreement(manifest: Manifest) {
+    fileFaults(manifest)
+    modelFaults(manifest)
+    tokenFaults(manifest)
+    if (manifest.target == "onnx") onnxFaults(manifest)
+}
+
+private fun fault(keyAndFault: Pair<String, String>): Nothing = throw KeyFault(keyAndFault.first, keyAndFault.second)
+
+private fun fileFaults(manifest: Manifest) {
+    val listed = HashMap<String, String>()
+    for ((index, file) in manifest.files.withIndex()) {
+        val folded = Normalizer.normalize(file.path, Normalizer.Form.NFC).lowercase()
+        val key = "files.$index.path"
+        if (folded == Bundle.MANIFEST || folded == Bundle.MANIFEST_SHA256) fault(key to "the manifest cannot list itself")
+        listed.put(folded, file.path)?.let { fault(key to "${shown(file.path)} and ${shown(it)} are one file on some phones") }
+    }
+    val sizes = manifest.files.associate { it.path to it.bytes }
+
+    fun known(
+        key: String,
+        path: String,
+    ) {
+        if (path !in sizes) fault(key to "${shown(path)} is not listed under 'files'")
+    }
+    if (manifest.parts.isEmpty()) fault("parts" to "there is none")
+    for ((name, part) in manifest.parts) {
+        part.files.forEachIndexed { index, path -> known("parts.$name.files.$index", path) }
+        if (part.files.toSet().size < part.files.size) fault("parts.$name.files" to "a file stands there twice")
+        val isPackage = manifest.target == "coreml" && part.files.all { it.startsWith("${part.file}/") }
+        if (part.file !in part.files && !isPackage) {
+            fault("parts.$name.file" to "${shown(part.file)} is not among the part's 'files'")
+        }
+        val total = part.files.sumOf { sizes[it] ?: 0 }
+        if (part.bytes != total) fault("parts.$name.bytes" to "is ${part.bytes}, but the part's files have $total")
+    }
+    known("prompt.tokenizer", manifest.prompt.tokenizer)
+    for ((index, golden) in manifest.golden.withIndex()) {
+        known("golden.$index.file", golden.file)
+        if (golden.part !in manifest.parts) fault("golden.$index.part" to "there is no part ${shown(golden.part)}")
+    }
+    for ((index, conversation) in manifest.conversations.withIndex()) {
+        val picture = conversation.image ?: continue
+        known("conversations.$index.image", picture)
+        if (manifest.image == null) {
+            fault("conversations.$index.image" to "the bundle takes no pictures (key 'image' is null)")
+        }
+    }
+}
+
+private fun modelFaults(manifest: Manifest) {
+    val model = manifest.model
+    if (model.numAttentionHeads % model.numKeyValueHeads != 0) {
+        fault("model.num_key_value_heads" to "does not divide the ${model.numAttentionHeads} attention heads")
+    }
+    val image = manifest.image ?: return
+    if (model.numImageTokens !in 1 until model.contextLength) {
+        fault(
+            "model.num_image_tokens" to
+                "is ${model.numImageTokens}; a picture must leave room in a context of ${model.contextLength}",
+        )
+    }
+    if ((image.strategy == "crop") != (image.shortestEdge != null)) {
+        fault("image.shortest_edge" to "must be given with the strategy \"crop\" and with no other")
+    }
+    if (image.shortestEdge != null && image.shortestEdge < maxOf(image.height, image.width)) {
+        fault("image.shortest_edge" to "is less than what is cut out (${image.height} × ${image.width})")
+    }
+    if (image.positionGrid != null && image.positionGrid[0].toLong() * image.positionGrid[1] != model.numImageTokens.toLong()) {
+        fault("image.position_grid" to "is not that of ${model.numImageTokens} image tokens")
+    }
+}
+
+private fun tokenFaults(manifest: Manifest) {
+    val model = manifest.model
+
+    fun known(
+        key: String,
+        ids: List<Int>,
+        placeholder: Boolean = false,
+    ) {
+        for (id in ids) {
+            if (id >= model.vocabSize && !(placeholder && id == model.imageTokenId)) {
+                fault(key to "token $id is not in a vocabulary of ${model.vocabSize}")
+            }
+        }
+    }
+    known("model.bos_token_id", listOfNotNull(model.bosTokenId))
+    known("model.eos_token_ids", model.eosTokenIds)
+    known("model.pad_token_id", listOf(model.padTokenId))
+    manifest.prompt.examples.forEachIndexed { index, example ->
+        known("prompt.examples.$index.input_ids", example.inputIds, placeholder = true)
+    }
+    manifest.conversations.forEachIndexed { index, conversation ->
+        known("conversations.$index.input_ids", conversation.inputIds, placeholder = true)
+        known("conversations.$index.answer_ids", conversation.answerIds)
+        val length = conversation.inputIds.size + conversation.answerIds.size
+        if (length > model.contextLength) {
+            fault("conversations.$index" to "$length tokens do not fit a context of ${model.contextLength}")
+        }
+    }
+}
+
+private val FLOATS = setOf("float32", "float16")
+
+/** Whether the parts' tensors are those of the ONNX contract, in the model's sizes. */
+private fun onnxFaults(manifest: Manifest) {
+    val model = manifest.model
+    val image = manifest.image
+    for ((name, part) in manifest.parts) {
+        if (!part.file.endsWith(".onnx")) fault("parts.$name.file" to "must be an .onnx file in a bundle for onnx")
+        for ((side, tensors) in mapOf("inputs" to part.inputs, "outputs" to part.outputs)) {
+            if (tensors.map { it.name }.toSet().size < tensors.size) fault("parts.$name.$side" to "two have one name")
+        }
+    }
+    for (name in if (image == null) listOf("embed", "decoder") else listOf("vision", "embed", "decoder")) {
+        if (name !in manifest.parts) fault("parts" to "the part '$name' is missing")
+    }
+    if (image == null && "vision" in manifest.parts) fault("image" to "is null, but there is a part 'vision'")
+    val hidden = model.hiddenSize.toLong()
+    val embed = manifest.parts.getValue("embed")
+    val decoder = manifest.parts.getValue("decoder")
+    if (image != null) {
+        val vision = manifest.parts.getValue("vision")
+        val pixels = listOf(null, 3L, image.height.toLong(), image.width.toLong())
+        tensorFault("parts.vision.inputs", vision.inputs, "pixels", pixels, setOf("uint8"))
+        tensorFault("parts.vision.outputs", vision.outputs, "image_features", listOf(null, hidden))
+        tensorFault("parts.embed.inputs", embed.inputs, "image_features", listOf(null, hidden))
+    }
+    tensorFault("parts.embed.inputs", embed.inputs, "input_ids", listOf(null, null), setOf("int64", "int32"))
+    tensorFault("parts.embed.outputs", embed.outputs, "inputs_embeds", listOf(null, null, hidden))
+    tensorFault("parts.decoder.inputs", decoder.inputs, "inputs_embeds", listOf(null, null, hidden))
+    tensorFault("parts.decoder.outputs", decoder.outputs, "logits", listOf(null, null, model.vocabSize.toLong()))
+    val cache = listOf(null, model.numKeyValueHeads.toLong(), null, model.headDim.toLong())
+    for ((side, tensors, stem) in listOf(
+        Triple("inputs", decoder.inputs, "past_key_values."),
+        Triple("outputs", decoder.outputs, "present."),
+    )) {
+        // Layers are counted first: a stranger's number of them must not make millions of names.
+        val found = tensors.map { it.name }.filter { it.startsWith(stem) }.toSet()
+        val wanted = if (found.size != 2 * model.numLayers) null else cacheNames(stem, model.numLayers)
+        if (wanted == null || found != wanted.toSet()) {
+            fault(
+                "parts.decoder.$side" to
+                    "keys and values of ${found.size / 2} layers, where the model has ${model.numLayers}",
+            )
+        }
+        for (name in wanted) tensorFault("parts.decoder.$side", tensors, name, cache, FLOATS + "int8")
+    }
+}
+
+/** The cache's tensors, layer by layer: `past_key_values.0.key`, `past_key_values.0.value`, … */
+internal fun cacheNames(
+    stem: String,
+    layers: Int,
+) = (0 until layers).flatMap { listOf("$stem$it.key", "$stem$it.value") }
+
+private fun tensorFault(
+    key: String,
+    tensors: List<TensorSpec>,
+    name: String,
+    sizes: List<Long?>,
+    dtypes: Set<String> = FLOATS,
+) {
+    val tensor = tensors.firstOrNull { it.name == name } ?: fault(key to "'$name' is missing")
+    if (tensor.dtype !in dtypes) {
+        fault(key to "'$name' is ${tensor.dtype}, where ${dtypes.joinToString(" or ")} is expected")
+    }
+    val fits =
+        tensor.shape.size == sizes.size &&
+            tensor.shape.zip(sizes).all { (have, want) -> want == null || have !is Long || have == want }
+    if (!fits) {
+        val wanted = sizes.joinToString { it?.toString() ?: "any" }
+        fault(key to "'$name' has the shape ${shown(tensor.shape.joinToString())}, where $wanted is expected")
+    }
+}

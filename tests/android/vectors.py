@@ -1,0 +1,524 @@
+"""What the Android core's tests compare with, by the Python package; `make test-android` writes it.
+
+    python -m tests.android.vectors BUNDLE FOLDER
+
+Ids and streamed texts of generated strings by Hugging Face's tokenizers, pixels by Pillow, sampled tokens,
+manifests that are read or refused, damaged bundles, and what a bundle answers about pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from benchmarks.answers import pictures
+from mobilemm.errors import MobileMMError
+from mobilemm.export.bundle import BundleWriter
+from mobilemm.runtime.backends import open_backend
+from mobilemm.runtime.bundle import open_bundle
+from mobilemm.runtime.image import to_pixels
+from mobilemm.runtime.manifest import Image as ImageRule
+from mobilemm.runtime.manifest import Prompt, Turn
+from mobilemm.runtime.manifest_check import parse_manifest
+from mobilemm.runtime.prompt import PromptTokenizer, render, with_marks
+from mobilemm.runtime.sampling import Sampler, Sampling
+from mobilemm.runtime.session import Session, rope_positions
+from mobilemm.runtime.streaming import TextStream
+from tests.runtime.test_hostile_bundles import DAMAGES
+from tests.runtime.tiny_bundle import tiny_manifest, write_parts
+
+STRINGS, QUESTIONS, DAMAGED = 1000, 50, 1000
+ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+SCRIPTS = [
+    (0x20, 0x7E),  # ASCII
+    (0xA0, 0x24F),  # Latin
+    (0x300, 0x36F),  # combining marks
+    (0x370, 0x5FF),  # Greek, Cyrillic, Hebrew
+    (0x600, 0x6FF),  # Arabic, its digits too
+    (0x900, 0x97F),  # Devanagari
+    (0x1100, 0x11FF),  # Hangul's parts
+    (0x2000, 0x206F),  # spaces, joiners, directions
+    (0x2070, 0x218F),  # numbers above, below and in fractions
+    (0x3040, 0x30FF),  # kana
+    (0x4E00, 0x9FFF),  # CJK
+    (0xFE00, 0xFE0F),  # variation selectors
+    (0xFF00, 0xFFEF),  # full width
+    (0x1F300, 0x1FAFF),  # emoji
+    (0x1D400, 0x1D7FF),  # mathematical letters and digits
+    (0x20000, 0x323AF),  # CJK of later Unicode versions
+    (0x0, 0x1F),  # control characters
+    (0x80, 0x9F),
+    (0xE000, 0xE0FF),  # private use
+    (0x11DE0, 0x11DE9),  # digits of Unicode 17
+]
+WORDS = [
+    "the",
+    " house",
+    "  ",
+    "\n\n",
+    "\t",
+    "don't",
+    "WE'LL",
+    "ſ",
+    "12345",
+    "3.14",
+    "👩‍🚀",
+    "👨‍👩‍👧‍👦",
+    "🇩🇪",
+    "e\u0301",
+    "日本語",
+    "مرحبا",
+    "नमस्ते",
+    "…",
+    "\u200b",
+    "\ufeff",
+    "\u0000",
+    "<|im_end|>",
+    "<|im_start|>user",
+    "<|endoftext|",
+    "<s>",
+    "</s>",
+    "▁",
+    "<0xE4>",
+    "a" * 300,
+]
+
+
+def strings(count: int, seed: int = 0) -> list[str]:
+    """Texts such as no person types: every script, emoji, marks, control characters, tokens' own names."""
+    draw = random.Random(seed)
+    english = ENGLISH.read_text(encoding="utf-8")
+    found = ["", " ", "\n", *WORDS]
+    while len(found) < count:
+        parts = []
+        for _ in range(draw.randint(1, 12)):
+            match draw.randrange(4):
+                case 0:
+                    parts.append(draw.choice(WORDS))
+                case 1:
+                    start = draw.randrange(len(english) - 60)
+                    parts.append(english[start : start + draw.randint(1, 60)])
+                case 2:
+                    low, high = draw.choice(SCRIPTS)
+                    parts += [chr(draw.randint(low, high)) for _ in range(draw.randint(1, 8))]
+                case _:
+                    low, high = draw.choice(SCRIPTS)
+                    parts.append(draw.choice([" ", "", "\n"]) + chr(draw.randint(low, high)))
+        found.append("".join(parts))
+    return found[:count]
+
+
+def streamed(tokenizer: PromptTokenizer, ids: list[int], stop: list[str]) -> list[str]:
+    """The pieces that are shown; the last is what comes at the end."""
+    stream = TextStream(tokenizer.decode, stop)
+    pieces = [stream.put(token) for token in ids]
+    return [*pieces, stream.end()]
+
+
+def tokenizer_cases(tokenizer: Tokenizer, texts: list[str], add_bos: bool, seed: int) -> list[dict[str, Any]]:
+    nothing = Turn(prefix="", suffix="")
+    prompt = Prompt(begin="", system=None, user=nothing, assistant=nothing, generation="", add_bos=add_bos)
+    prompts = PromptTokenizer(tokenizer, prompt, 2**31 - 1, 1)
+    draw = random.Random(seed)
+    cases = []
+    for text in texts:
+        ids = prompts.encode_pieces([text])
+        # What a model says is no text that was cut into tokens: characters break off, and stop strings begin.
+        said = draw.sample(ids, len(ids)) if draw.random() < 0.3 else list(ids)
+        said += [draw.randrange(prompts.size) for _ in range(draw.randint(0, 5))]
+        word = prompts.decode(said)
+        start = draw.randrange(len(word)) if word else 0
+        stop = [word[start : start + draw.randint(1, 4)]] if draw.random() < 0.3 else ["<|im_end|>"]
+        cases.append(
+            {
+                "text": text,
+                "ids": ids,
+                "said": said,
+                "decoded": word,
+                "stop": stop,
+                "pieces": streamed(prompts, said, stop),
+            }
+        )
+    return cases
+
+
+def trained(model: models.Model, pre_tokenizer: Any, normalizer: Any, decoder: Any) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        special_tokens=["<unk>", "<s>", "</s>", *pieces],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = ENGLISH.read_text(encoding="utf-8")
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    # The bytes' names are ordinary pieces, which no text is cut into.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [
+        token for token in state["added_tokens"] if not token["content"].startswith("<0x")
+    ]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def other_tokenizers() -> dict[str, Tokenizer]:
+    """Of the kinds that other families use, trained here."""
+    bytes_decoder = decoders.ByteLevel()
+    pieces_decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    llama3 = trained(
+        models.BPE(ignore_merges=True),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        normalizers.NFC(),
+        bytes_decoder,
+    )
+    llama3.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    legacy = trained(
+        models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+        pre_tokenizers.Metaspace("▁", "first"),
+        None,
+        pieces_decoder,
+    )
+    # As files of LLaMA have it: no cuts at all, one normalizer in front.
+    state = json.loads(legacy.to_str())
+    state["pre_tokenizer"] = None
+    state["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    gemma = trained(
+        models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=False),
+        pre_tokenizers.Split(" ", "merged_with_previous"),
+        None,
+        decoders.Fuse(),
+    )
+    return {
+        "llama3": llama3,
+        "llama": Tokenizer.from_str(json.dumps(state)),
+        "metaspace": legacy,
+        "gemma": gemma,
+    }
+
+
+def write_tokenizers(bundle: Path, folder: Path) -> None:
+    (folder / "tokenizers").mkdir()
+    default = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    for name, tokenizer in {"default": default, **other_tokenizers()}.items():
+        tokenizer.save(str(folder / "tokenizers" / f"{name}.tokenizer.json"))
+        count = STRINGS if name == "default" else STRINGS // 4
+        add_bos = name == "llama3"
+        save(
+            folder / "tokenizers" / f"{name}.json",
+            tokenizer_cases(tokenizer, strings(count), add_bos, len(name)),
+        )
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path) -> None:
+    """Raw pixels in and out: decoding is the platform's."""
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(0)
+    rules = [
+        {"strategy": "pad", "filter": "bicubic", "pad_color": (127, 127, 127)},
+        {"strategy": "pad", "filter": "bilinear", "pad_color": (0, 255, 3)},
+        {"strategy": "stretch", "filter": "lanczos"},
+        {"strategy": "stretch", "filter": "bicubic"},
+        {"strategy": "stretch", "filter": "nearest"},
+        {"strategy": "pad", "filter": "nearest", "pad_color": (1, 2, 3)},
+        {"strategy": "crop", "filter": "bicubic", "shortest_edge": 60},
+        {"strategy": "crop", "filter": "bilinear", "shortest_edge": 48},
+    ]
+    sizes = [(1, 1), (48, 48), (64, 48), (640, 480), (333, 217), (7, 300), (31, 64), (1280, 961)]
+    cases = []
+    for number, (width, height) in enumerate(sizes):
+        pixels = draw.integers(0, 256, (height, width, 4), np.uint8)
+        if number % 2:
+            pixels[..., 3] = 255
+        else:
+            pixels[: height // 2, :, 3] = draw.choice([0, 255], (height // 2, width))
+        (folder / "images" / f"{number}.rgba").write_bytes(pixels.tobytes())
+        for index, options in enumerate(rules):
+            rule = ImageRule(height=48, width=56 if index % 2 else 48, **options)
+            name = f"{number}-{index}.pixels"
+            (folder / "images" / name).write_bytes(to_pixels(Image.fromarray(pixels), rule).tobytes())
+            cases.append(
+                {"width": width, "height": height, "rgba": f"{number}.rgba", "pixels": name}
+                | {"rule": rule.model_dump(mode="json")}
+            )
+    save(folder / "images.json", cases)
+    turned = []
+    picture = Image.fromarray(draw.integers(0, 256, (24, 40, 3), np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(folder / "images" / f"turned-{orientation}.jpg", exif=exif, quality=95)
+        turned.append({"file": f"turned-{orientation}.jpg", "orientation": orientation})
+    # Python's own decoder's pixels, upright, of the last; the others are the same picture turned.
+    upright = {}
+    from mobilemm.data.images import open_image
+
+    raw = np.asarray(Image.open(folder / "images" / "turned-1.jpg").convert("RGB"))
+    (folder / "images" / "turned.rgb").write_bytes(raw.tobytes())
+    for case in turned:
+        right = np.asarray(open_image(folder / "images" / case["file"]))
+        name = f"upright-{case['orientation']}.rgb"
+        (folder / "images" / name).write_bytes(right.tobytes())
+        upright[str(case["orientation"])] = {"file": name, "width": right.shape[1], "height": right.shape[0]}
+    save(folder / "orientations.json", {"width": 40, "height": 24, "turned": turned, "upright": upright})
+
+
+# --- choices ----------------------------------------------------------------------------------------------
+
+
+def write_sampling(folder: Path) -> None:
+    draw = np.random.default_rng(0)
+    vocabulary = 2000
+    logits = draw.normal(0, 3, (8, vocabulary)).astype("<f4")
+    logits[3, :50] = logits[3, 50]  # ties
+    (folder / "logits.f32").write_bytes(logits.tobytes())
+    settings = [
+        Sampling(),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=0.7, seed=1),
+        Sampling(temperature=1.0, top_k=40, seed=2),
+        Sampling(temperature=1.3, top_p=0.9, seed=3),
+        Sampling(temperature=0.9, min_p=0.05, seed=2**63 + 5),
+        Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=-4),
+    ]
+    cases = []
+    for sampling in settings:
+        sampler, seen, tokens = Sampler(sampling), [5, 6, vocabulary + 1], []
+        for step in range(40):
+            token = sampler(logits[step % len(logits)], seen)
+            seen.append(token)
+            tokens.append(token)
+        seed = None if sampling.seed is None else (sampling.seed + 2**63) % 2**64 - 2**63
+        cases.append({**sampling.__dict__, "seed": seed, "tokens": tokens})
+    save(folder / "sampling.json", {"vocabulary": vocabulary, "cases": cases})
+
+
+# --- manifests and bundles --------------------------------------------------------------------------------
+
+
+def write_damaged(folder: Path) -> None:
+    """Bundles that Python refuses, each with one fault, and the whole one that they were made of."""
+    with BundleWriter(folder / "tiny-onnx") as writer:
+        write_parts(writer.folder)
+        pristine = writer.finish(tiny_manifest()).folder
+    total = sum(count for _, count in DAMAGES)
+    cases = []
+    for damage, count in DAMAGES:
+        draw = random.Random(damage.__name__)
+        for _ in range(max(1, round(count * DAMAGED / total))):
+            name = f"{len(cases):04d}"
+            target = folder / "damaged" / name / "tiny-onnx"
+            shutil.copytree(pristine, target)
+            told = damage(draw, target)
+            cases.append({"folder": f"damaged/{name}/tiny-onnx", "damage": damage.__name__, "told": told})
+    save(folder / "damaged.json", cases)
+
+
+def write_json_texts(folder: Path) -> None:
+    """Bytes of manifests and whether Python reads them as JSON objects that are manifests."""
+    good = (folder / "tiny-onnx" / "manifest.json").read_text(encoding="utf-8")
+    texts = [
+        good.encode(),
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xef\xbb\xbf" + good.encode(),
+        good.encode() + b" ",
+        good.encode() + b"x",
+        good.encode().replace(b'"tiny"', b'"\xff"', 1),
+        good.replace('"tiny"', '"\\ud83d"', 1).encode(),
+        good.replace('"tiny"', '"\\ud83d\\ude00"', 1).encode(),
+        good.replace('"tiny"', '"a\tb"', 1).encode(),
+        good.replace('"tiny"', '"' + "😀" * 200 + '"', 1).encode(),
+        good.replace('"tiny"', '"' + "😀" * 201 + '"', 1).encode(),
+        good.replace('"tiny"', '""', 1).encode(),
+        good.replace("64", "64.0", 1).encode(),
+        good.replace("64", "064", 1).encode(),
+        good.replace("64", "6.4e1", 1).encode(),
+        good.replace("0.99999", "NaN", 1).encode(),
+        good.replace("0.99999", "1e999", 1).encode(),
+        good.replace("0.99999", "1", 1).encode(),
+        good.replace("0.99999", "true", 1).encode(),
+        good.replace("0.99999", "-0.5E-3", 1).encode(),
+        good.replace("0.99999", ".5", 1).encode(),
+        good.replace('"schema_version": 1', '"schema_version": 2', 1).encode(),
+        good.replace('"schema_version": 1', '"schema_version": ' + "9" * 5000, 1).encode(),
+        b'{"a": ' + b"[" * 100000 + b"]" * 100000 + b"}",
+        b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}",
+        good.encode()[:-3],
+    ]
+    cases = []
+    (folder / "manifests").mkdir()
+    for index, text in enumerate(texts):
+        (folder / "manifests" / f"{index}.json").write_bytes(text)
+        try:
+            parse_manifest(text, Path("manifest.json"))
+            read = True
+        except MobileMMError:
+            read = False
+        cases.append({"file": f"{index}.json", "read": read})
+    assert sum(case["read"] for case in cases) >= 5
+    save(folder / "manifests.json", cases)
+
+
+# --- prompts and conversations ----------------------------------------------------------------------------
+
+
+def write_prompts(folder: Path) -> None:
+    """Conversations rendered under rules of every kind."""
+    cases = []
+    turn = Turn(prefix="[U]", suffix="[/U]", prefix_before_image="[I]")
+    for strip in ("none", "text", "content"):
+        prompt = Prompt(
+            begin="<begin>",
+            system=Turn(prefix="[S]", suffix="[/S]"),
+            user=turn,
+            assistant=Turn(prefix="[A]", suffix="[/A]"),
+            generation="[A]",
+            later_user=Turn(prefix="[L]", suffix="[/L]"),
+            user_after_system=Turn(prefix="[US]", suffix="[/US]", text=strip != "text"),
+            image_prefix=" <i>",
+            image_suffix="</i> \u00a0\n",
+            strip=strip,
+        )
+        user: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "\u2003 what? \x1d\n"}]}
+        seen = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": " b "}],
+        }
+        said = {"role": "assistant", "content": [{"type": "text", "text": " this "}]}
+        system = {"role": "system", "content": [{"type": "text", "text": " be kind "}]}
+        for messages in ([user], [seen], [system, user], [system, seen, said, user], [user, said, seen]):
+            cases.append(
+                {
+                    "prompt": prompt.model_dump(mode="json"),
+                    "messages": [
+                        {
+                            "role": message["role"],
+                            "images": sum(part["type"] == "image" for part in message["content"]),
+                            "text": message["content"][-1]["text"],
+                        }
+                        for message in messages
+                    ],
+                    "rendered": with_marks(render(prompt, messages)),
+                }
+            )
+    ids = [1, 2, *[9] * 6, 3, *[9] * 6, *[9] * 6, 4]
+    positions = rope_positions(ids, 9, (2, 3)).tolist()
+    save(folder / "prompts.json", {"rendered": cases, "rope": {"ids": ids, "positions": positions}})
+
+
+def write_answers(bundle: Path, folder: Path) -> None:
+    """Greedy and seeded answers of the bundle, one of them over several turns."""
+    (folder / "pictures").mkdir()
+    opened = open_bundle(bundle)
+    backend = open_backend(opened, 1)
+    questions = [
+        "What is in this picture?",
+        "Describe the picture in one sentence.",
+        "Which colours do you see?",
+    ]
+    cases = []
+    for index, (name, picture) in enumerate(pictures(QUESTIONS).items()):
+        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        file = folder / "pictures" / f"{index}.png"
+        image.save(file)
+        session = Session(opened, backend, Sampling(max_new_tokens=24))
+        session.look_at(file)
+        question = questions[index % len(questions)]
+        text = session.reply(question)
+        cases.append(
+            {"name": name, "image": file.name, "question": question, "ids": session.answer_ids, "text": text}
+        )
+    turns: list[dict[str, Any]] = []
+    for sampling in (Sampling(20), Sampling(20, temperature=0.8, top_p=0.95, seed=7)):
+        session = Session(opened, backend, sampling, system="You are a helpful painter. 😀")
+        said = []
+        for images, text in (
+            ([0], "What is this?"),
+            ([], "Why? Ünsinn…"),
+            ([1, 2], "Compare these."),
+            ([], "日本語?"),
+        ):
+            for image in images:
+                session.look_at(folder / "pictures" / f"{image}.png")
+            answer = session.reply(text)
+            stats = session.stats
+            assert stats is not None
+            said.append(
+                {
+                    "images": [f"{image}.png" for image in images],
+                    "text": text,
+                    "ids": session.answer_ids,
+                    "answer": answer,
+                    "prompt_tokens": stats.prompt_tokens,
+                    "cached_tokens": stats.cached_tokens,
+                }
+            )
+        turns.append(
+            {"system": session.system, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            | {"seed": sampling.seed, "turns": said}
+        )
+    save(folder / "answers.json", {"pictures": cases, "conversations": turns})
+
+
+def save(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    arguments.folder.mkdir(parents=True)
+    write_tokenizers(arguments.bundle, arguments.folder)
+    write_images(arguments.folder)
+    write_sampling(arguments.folder)
+    write_prompts(arguments.folder)
+    write_damaged(arguments.folder)
+    write_json_texts(arguments.folder)
+    write_answers(arguments.bundle, arguments.folder)
+    print(f"vectors: {sum(1 for _ in arguments.folder.rglob('*'))} files in {arguments.folder}")
+
+
+if __name__ == "__main__":
+    main()
