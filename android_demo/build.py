@@ -369,7 +369,48 @@ def test(arguments: argparse.Namespace) -> None:
     junit([tests, main, *libraries], classes, arguments)
 
 
-def junit(classpath: Sequence[Path], classes: Sequence[str], arguments: argparse.Namespace) -> None:
+def test_app(arguments: argparse.Namespace) -> None:
+    """The app's screens on Robolectric: Android's own framework code, on the JVM."""
+    base, r_jar = resources()
+    android = [path for path in resolve("android-all-instrumented", without=["*:*"])]
+    # What androidx.test, which is on Google's server alone, would give; the few types that Robolectric names.
+    without = ["androidx.test:monitor", "androidx.test.espresso:espresso-idling-resource"]
+    libraries = [stdlib(), *resolve("onnxruntime"), *resolve("robolectric", "junit", without=without)]
+    main = [app_classes(r_jar), core(), r_jar]
+    standins = OUT / "standins"
+    shutil.rmtree(standins, ignore_errors=True)
+    java = sorted((HERE / "app" / "src" / "standins").rglob("*.java"))
+    run(["javac", "--release", "17", "-cp", android_jar(), "-d", standins, *java])
+    tests = compile_kotlin(
+        "app-test",
+        sources("app", "test"),
+        [*main, *libraries, android_jar()],
+        f"-Xfriend-paths={main[0]}",
+    )
+    # As Gradle's plugin tells Robolectric where the resources are.
+    settings = OUT / "robolectric"
+    shutil.rmtree(settings, ignore_errors=True)
+    (settings / "com" / "android" / "tools").mkdir(parents=True)
+    (settings / "assets").mkdir()
+    (settings / "com" / "android" / "tools" / "test_config.properties").write_text(
+        f"android_merged_manifest={base.with_name('AndroidManifest.xml')}\n"
+        f"android_merged_assets={settings / 'assets'}\n"
+        f"android_resource_apk={base}\n"
+        f"android_custom_package={PACKAGE}\n"
+    )
+    for path in android:
+        (settings / path.name).symlink_to(path)
+    classes = [f"{PACKAGE}.{path.stem}" for path in sources("app", "test") if path.stem.endswith("Test")]
+    options = [
+        *("-Drobolectric.offline=true", f"-Drobolectric.dependency.dir={settings}"),
+        f"-Dmobilemm.screens={OUT / 'screens'}",
+    ]
+    junit([settings, tests, *main, standins, *libraries], classes, arguments, *options)
+
+
+def junit(
+    classpath: Sequence[Path], classes: Sequence[str], arguments: argparse.Namespace, *options: str
+) -> None:
     command = [
         *(
             "java",
@@ -377,6 +418,7 @@ def junit(classpath: Sequence[Path], classes: Sequence[str], arguments: argparse
             f"-Dmobilemm.vectors={arguments.vectors}",
             f"-Dmobilemm.bundle={arguments.bundle}",
         ),
+        *options,
         *("-cp", os.pathsep.join(map(str, classpath)), "org.junit.runner.JUnitCore", *classes),
     ]
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
@@ -388,11 +430,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("test", help="run the core's tests on the JVM")
-    command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
-    command.add_argument("--vectors", type=Path, required=True, help="what tests/android/vectors.py wrote")
-    command.add_argument("--only", nargs="*", help="names of test classes")
-    command.set_defaults(action=test)
+    for name, action in (("test", test), ("test-app", test_app)):
+        command = commands.add_parser(name, help=action.__doc__)
+        command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
+        command.add_argument(
+            "--vectors", type=Path, required=True, help="what tests/android/vectors.py wrote"
+        )
+        command.add_argument("--only", nargs="*", help="names of test classes")
+        command.set_defaults(action=action)
     command = commands.add_parser("apk", help="build the signed APK")
     command.add_argument("--bundle", type=Path, help="a bundle to pack in")
     command.set_defaults(action=apk)

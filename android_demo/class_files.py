@@ -44,10 +44,7 @@ def read_class(data: bytes) -> ClassFile:
     at, index = 10, 1
     while index < count:
         tag = data[at]
-        if tag == UTF8:
-            size = 2 + struct.unpack_from(">H", data, at + 1)[0]
-        else:
-            size = CONSTANT_SIZES[tag]
+        size = 2 + struct.unpack_from(">H", data, at + 1)[0] if tag == UTF8 else CONSTANT_SIZES[tag]
         pool[index] = (tag, data[at + 1 : at + 1 + size])
         at += 1 + size
         index += 2 if tag in (5, 6) else 1

@@ -1,0 +1,347 @@
+package org.mobilemm.demo
+
+import android.app.Activity
+import android.app.AlertDialog
+import android.content.ComponentCallbacks2
+import android.content.Intent
+import android.content.res.Configuration
+import android.graphics.Bitmap
+import android.graphics.Canvas
+import android.net.Uri
+import android.os.Looper
+import android.view.View
+import android.view.ViewGroup
+import android.widget.Button
+import android.widget.EditText
+import android.widget.ImageButton
+import android.widget.ImageView
+import android.widget.LinearLayout
+import android.widget.TextView
+import org.junit.After
+import org.junit.Assert.assertEquals
+import org.junit.Assert.assertFalse
+import org.junit.Assert.assertNotNull
+import org.junit.Assert.assertTrue
+import org.junit.Before
+import org.junit.Test
+import org.junit.runner.RunWith
+import org.mobilemm.Bundle
+import org.mobilemm.Json
+import org.robolectric.Robolectric
+import org.robolectric.RobolectricTestRunner
+import org.robolectric.RuntimeEnvironment
+import org.robolectric.Shadows.shadowOf
+import org.robolectric.android.controller.ActivityController
+import org.robolectric.annotation.Config
+import org.robolectric.annotation.GraphicsMode
+import org.robolectric.shadows.ShadowAlertDialog
+import org.robolectric.shadows.ShadowToast
+import java.io.ByteArrayOutputStream
+import java.io.File
+import java.util.zip.ZipEntry
+import java.util.zip.ZipOutputStream
+
+/** The app's screens on Android's own framework code, with the real model behind them. */
+@RunWith(RobolectricTestRunner::class)
+@Config(sdk = [35], qualifiers = PHONE)
+@GraphicsMode(GraphicsMode.Mode.NATIVE)
+class ScreensTest {
+    private val vectors = File(System.getProperty("mobilemm.vectors")!!)
+    private val source = File(System.getProperty("mobilemm.bundle")!!)
+    private val app get() = RuntimeEnvironment.getApplication() as DemoApplication
+    private val folder get() = app.models.library.folder
+
+    @Before fun installModel() {
+        // As an import leaves it. What the app brings itself is unpacked in another test.
+        source.copyRecursively(File(folder, "mobilemm-default"))
+    }
+
+    @After fun letGo() {
+        app.chat.stop()
+        app.chat.alone {}
+        shadowOf(Looper.getMainLooper()).idle()
+    }
+
+    // --- driving -------------------------------------------------------------------------------------------
+
+    private fun until(
+        what: String,
+        seconds: Int = 120,
+        met: () -> Boolean,
+    ) {
+        val end = System.nanoTime() + seconds * 1_000_000_000L
+        while (!met()) {
+            assertTrue("$what: ${app.chat.phase} ${app.imports.state}", System.nanoTime() < end)
+            Thread.sleep(5)
+            shadowOf(Looper.getMainLooper()).idle()
+        }
+    }
+
+    private fun chat(): ActivityController<ChatActivity> {
+        val controller = Robolectric.buildActivity(ChatActivity::class.java).setup()
+        until("the model is open") { !app.chat.isBusy }
+        return controller
+    }
+
+    private fun Activity.status() = findViewById<TextView>(R.id.status).text.toString()
+
+    private fun Activity.texts(): List<String> {
+        val list = findViewById<LinearLayout>(R.id.messages)
+        return (0 until list.childCount).map { list.getChildAt(it).findViewById<TextView>(R.id.text).text.toString() }
+    }
+
+    private fun Activity.ask(text: String) {
+        findViewById<EditText>(R.id.question).setText(text)
+        findViewById<ImageButton>(R.id.send).performClick()
+    }
+
+    private fun pick(
+        activity: ChatActivity,
+        picture: File,
+    ) {
+        activity.findViewById<ImageButton>(R.id.picture).performClick()
+        assertEquals(Intent.ACTION_GET_CONTENT, shadowOf(activity).nextStartedActivity.action)
+        val uri = Uri.parse("content://pictures/${picture.name}")
+        shadowOf(app.contentResolver).registerInputStream(uri, picture.inputStream())
+        activity.onActivityResult(ChatActivity.PICK, Activity.RESULT_OK, Intent().setData(uri))
+    }
+
+    /** A picture of the screen, for README.md and for whoever looks. */
+    private fun capture(
+        activity: Activity,
+        name: String,
+    ) {
+        shadowOf(Looper.getMainLooper()).idle()
+        val view = activity.window.decorView
+        val bitmap = Bitmap.createBitmap(view.width, view.height, Bitmap.Config.ARGB_8888)
+        view.draw(Canvas(bitmap))
+        val target = File(System.getProperty("mobilemm.screens") ?: return, "$name.png")
+        target.parentFile!!.mkdirs()
+        target.outputStream().use { bitmap.compress(Bitmap.CompressFormat.PNG, 100, it) }
+    }
+
+    private val answers get() = Json.parse(File(vectors, "answers.json").readBytes()) as Map<*, *>
+
+    private fun pictureCase(index: Int) = (answers["pictures"] as List<*>)[index] as Map<*, *>
+
+    // --- tests ---------------------------------------------------------------------------------------------
+
+    @Test fun `the first start checks the model, and a question about a picture is answered as in Python`() {
+        val activity = chat().get()
+        assertTrue(app.models.isChecked(Bundle.open(File(folder, "mobilemm-default"))))
+        assertEquals(listOf(app.getString(R.string.welcome)), activity.texts())
+        val case = pictureCase(0)
+        pick(activity, File(vectors, "pictures/${case["image"]}"))
+        assertEquals(View.VISIBLE, activity.findViewById<View>(R.id.pending_scroll).visibility)
+        activity.ask(case["question"] as String)
+        assertTrue(app.chat.isBusy)
+        until("the answer") { app.chat.phase is Phase.Answered }
+        assertEquals(listOf(case["question"], case["text"]), activity.texts())
+        assertTrue(activity.status(), "tokens/s" in activity.status())
+        assertEquals(View.GONE, activity.findViewById<View>(R.id.pending_scroll).visibility)
+        capture(activity, "chat")
+    }
+
+    @Test fun `the bundle that the app brings is unpacked, checked and used`() {
+        File(folder, "mobilemm-default").deleteRecursively()
+        // The test's assets hold one; without it there is nothing to unpack.
+        val controller = Robolectric.buildActivity(ChatActivity::class.java).setup()
+        until("the start") { !app.chat.isBusy }
+        if (app.assets.list("")!!.contains("bundle.files")) {
+            assertEquals(listOf("mobilemm-default"), app.models.library.names())
+            assertEquals(Phase.Idle, app.chat.phase)
+        } else {
+            assertEquals(app.getString(R.string.no_model), controller.get().status())
+        }
+    }
+
+    @Test fun `an answer goes on while the screen is rotated, and can be stopped`() {
+        val controller = chat()
+        var activity = controller.get()
+        activity.ask("Tell me a long story about a house.")
+        until("some words") { app.chat.messages.lastOrNull()?.text.orEmpty().length > 30 }
+        val before = app.chat.messages.last().text
+        val turned = Configuration(activity.resources.configuration)
+        turned.orientation = Configuration.ORIENTATION_LANDSCAPE
+        RuntimeEnvironment.setQualifiers("+land")
+        controller.configurationChange(turned)
+        activity = controller.get()
+        assertTrue(app.chat.isBusy)
+        until("more words") { app.chat.messages.last().text.length > before.length + 20 }
+        assertTrue(activity.texts().last().startsWith(before))
+        assertEquals(app.getString(R.string.stop), activity.findViewById<View>(R.id.send).contentDescription)
+        capture(activity, "chat-landscape")
+        activity.findViewById<ImageButton>(R.id.send).performClick()
+        until("the stop", seconds = 5) { app.chat.phase is Phase.Answered }
+        assertTrue((app.chat.phase as Phase.Answered).stopped)
+        val said = app.chat.messages.last().text
+        assertTrue(said.length < 1500)
+        activity.ask("And then?")
+        until("the next answer") { app.chat.messages.size == 4 && app.chat.messages.last().text.length > 10 }
+        assertEquals(said, app.chat.messages[1].text)
+        app.chat.stop()
+        until("the end") { !app.chat.isBusy }
+    }
+
+    @Test fun `process death and low memory lose nothing that was said`() {
+        val controller = chat()
+        val activity = controller.get()
+        val turns = ((answers["conversations"] as List<*>)[0] as Map<*, *>)["turns"] as List<*>
+        val picture = ((turns[0] as Map<*, *>)["images"] as List<*>)[0] as String
+        pick(activity, File(vectors, "pictures/$picture"))
+        activity.ask("What is this?")
+        until("the answer") { app.chat.phase is Phase.Answered }
+        val said = app.chat.messages
+        app.onTrimMemory(ComponentCallbacks2.TRIM_MEMORY_RUNNING_CRITICAL)
+        activity.ask("Why?")
+        until("the next answer") { app.chat.messages.size == 4 && app.chat.phase is Phase.Answered }
+        val all = app.chat.messages
+        assertEquals(said, all.take(2))
+        controller.pause().stop()
+        // What a new process reads is what the old one has written, and nothing else.
+        val again = Chat(app, app.models)
+        assertEquals(all, again.messages)
+        val asked = ArrayList<String>()
+        again.listen { asked += again.phase.toString() }
+        again.ask("Are you sure?")
+        until("the answer after the restart") { again.phase is Phase.Answered || again.phase is Phase.Failed }
+        assertTrue(asked.toString(), again.phase is Phase.Answered)
+        assertEquals(6, again.messages.size)
+        // All that was said before was read again, the picture included.
+        assertTrue((again.phase as Phase.Answered).stats.promptTokens > 60)
+        again.alone {}
+    }
+
+    @Test fun `a damaged bundle is refused with a clear message, a whole one is taken`() {
+        val controller = Robolectric.buildActivity(ModelsActivity::class.java).setup()
+        val activity = controller.get()
+        capture(activity, "models")
+        val tiny = File(vectors, "tiny-onnx")
+        importZip(activity, "tiny.zip", zip(tiny) { name, bytes -> if (name.endsWith("tokenizer.json")) bytes + 1 else bytes })
+        until("the refusal") { app.imports.state is Imports.State.Failed }
+        assertTrue(activity.status(), "tokenizer.json" in activity.status() && "manifest says" in activity.status())
+        assertEquals(listOf("mobilemm-default"), app.models.library.names())
+        importZip(activity, "tiny.zip", zip(tiny) { _, bytes -> bytes })
+        until("the import") { app.imports.state is Imports.State.Done }
+        assertEquals(listOf("mobilemm-default", "tiny"), app.models.library.names())
+        assertEquals("tiny", app.models.chosen)
+        val rows = activity.findViewById<LinearLayout>(R.id.list)
+        assertEquals(2, rows.childCount)
+        capture(activity, "models-imported")
+        rows.getChildAt(1).findViewById<Button>(R.id.delete).performClick()
+        ShadowAlertDialog.getLatestDialog().let { (it as AlertDialog).getButton(AlertDialog.BUTTON_POSITIVE).performClick() }
+        until("it is gone") { app.models.library.names() == listOf("mobilemm-default") && app.imports.state is Imports.State.Idle }
+        activity.importLink("https://")
+        until("the bad link is told") { app.imports.state is Imports.State.Failed }
+    }
+
+    private fun importZip(
+        activity: ModelsActivity,
+        name: String,
+        bytes: ByteArray,
+    ) {
+        activity.findViewById<Button>(R.id.import_file).performClick()
+        assertEquals(Intent.ACTION_OPEN_DOCUMENT, shadowOf(activity).nextStartedActivity.action)
+        val uri = Uri.parse("content://documents/$name")
+        shadowOf(app.contentResolver).registerInputStream(uri, bytes.inputStream())
+        activity.onActivityResult(ModelsActivity.OPEN, Activity.RESULT_OK, Intent().setData(uri))
+    }
+
+    private fun zip(
+        folder: File,
+        change: (String, ByteArray) -> ByteArray,
+    ) = ByteArrayOutputStream().also { out ->
+        ZipOutputStream(out).use { zip ->
+            for (file in folder.walk().filter { it.isFile }) {
+                zip.putNextEntry(ZipEntry(file.relativeTo(folder).path))
+                zip.write(change(file.name, file.readBytes()))
+                zip.closeEntry()
+            }
+        }
+    }.toByteArray()
+
+    @Test fun `the self-check gives its verdict`() {
+        val activity = Robolectric.buildActivity(CheckActivity::class.java).setup().get()
+        until("the verdict") { activity.findViewById<TextView>(R.id.verdict).text == app.getString(R.string.check_passed) }
+        val lines = activity.findViewById<TextView>(R.id.checks).text.lines()
+        assertEquals(4, lines.size)
+        assertTrue(lines.toString(), lines.all { it.startsWith("✓") })
+        capture(activity, "check")
+    }
+
+    @Test fun `a benchmark that adb starts writes its result, and draws it`() {
+        val intent =
+            Intent(app, BenchmarkActivity::class.java)
+                .putExtra("run", true)
+                .putExtra("prompt_tokens", 32)
+                .putExtra("new_tokens", 8)
+                .putExtra("runs", 1)
+                .putExtra("out", "../result.json")
+        val activity = Robolectric.buildActivity(BenchmarkActivity::class.java, intent).setup().get()
+        until("the result") { !app.benchmarks.isRunning }
+        val file = File(app.getExternalFilesDir(null), "result.json")
+        val result = (Json.parse(file.readBytes()) as List<*>)[0] as Map<*, *>
+        val names = (result["figures"] as List<*>).map { (it as Map<*, *>)["name"] }
+        assertTrue(names.toString(), names.containsAll(listOf("load_warm", "vision", "ttft", "pp32", "tg8")))
+        assertTrue(activity.findViewById<View>(R.id.share).isEnabled)
+        assertTrue("ms" in activity.findViewById<View>(R.id.chart).contentDescription)
+        capture(activity, "benchmark")
+    }
+
+    @Test fun `the camera writes into the file that it was granted`() {
+        val activity = chat().get()
+        activity.findViewById<ImageButton>(R.id.camera).performClick()
+        val intent = shadowOf(activity).nextStartedActivity
+        @Suppress("DEPRECATION")
+        val uri = intent.getParcelableExtra<Uri>(android.provider.MediaStore.EXTRA_OUTPUT)!!
+        val provider = Robolectric.buildContentProvider(CameraProvider::class.java).create("org.mobilemm.demo.camera").get()
+        provider.openFile(uri, "w").use { opened ->
+            java.io.FileOutputStream(opened.fileDescriptor).use { it.write(File(vectors, "pictures/1.png").readBytes()) }
+        }
+        activity.onActivityResult(ChatActivity.TAKE, Activity.RESULT_OK, null)
+        assertEquals(1, app.chat.pending.size)
+        for (name in listOf("../conversation.json", "conversation.json", "..%2Fx.picture")) {
+            val outside = Uri.parse("content://org.mobilemm.demo.camera/$name")
+            assertTrue(name, runCatching { provider.openFile(outside, "r") }.exceptionOrNull() is java.io.FileNotFoundException)
+        }
+        activity.findViewById<LinearLayout>(R.id.pending).getChildAt(0).performClick()
+        assertEquals(0, app.chat.pending.size)
+    }
+
+    @Test fun `what is no picture is told`() {
+        val activity = chat().get()
+        pick(activity, File(vectors, "answers.json"))
+        assertEquals(app.getString(R.string.picture_failed), ShadowToast.getTextOfLatestToast())
+        assertEquals(0, app.chat.pending.size)
+    }
+
+    @Config(qualifiers = "$PHONE-night")
+    @Test fun `all that can be touched is named, and is large enough`() {
+        for (activity in listOf(chat().get(), Robolectric.buildActivity(ModelsActivity::class.java).setup().get())) {
+            val density = activity.resources.displayMetrics.density
+            for (view in views(activity.window.decorView)) {
+                if (!view.isClickable || view.visibility != View.VISIBLE || view.width == 0 || view.id == View.NO_ID) continue
+                if (view.resources.getResourcePackageName(view.id) != "org.mobilemm.demo") continue
+                val named = !view.contentDescription.isNullOrEmpty() || (view as? TextView)?.let { it.text.isNotEmpty() || it.hint != null } == true
+                assertTrue(view.toString(), named)
+                assertTrue("$view", view.height >= 48 * density - 1)
+            }
+        }
+        val activity = chat().get()
+        val colors = listOf(R.color.text, R.color.background).map { activity.getColor(it) }
+        assertFalse(colors[0] == colors[1])
+        assertTrue("dark", android.graphics.Color.luminance(colors[1]) < 0.1)
+        pick(activity, File(vectors, "pictures/2.png"))
+        activity.ask("What is in this picture?")
+        until("the answer") { app.chat.phase is Phase.Answered }
+        capture(activity, "chat-dark")
+        val pictures = views(activity.window.decorView).filterIsInstance<ImageView>().filter { it.drawable != null }
+        assertNotNull(pictures.firstOrNull { it.contentDescription == app.getString(R.string.your_picture) })
+    }
+
+    private fun views(view: View): List<View> =
+        listOf(view) + ((view as? ViewGroup)?.let { group -> (0 until group.childCount).flatMap { views(group.getChildAt(it)) } } ?: emptyList())
+}
+
+/** A phone of the common kind. */
+private const val PHONE = "w393dp-h830dp-xhdpi"
