@@ -6,8 +6,11 @@ import ctypes
 import gc
 import mmap
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 # Linux' advice that pages are not needed soon: a file's are dropped, and read again when touched. Unlike
@@ -23,6 +26,12 @@ def page_out(tensor: Tensor) -> None:
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_PAGEOUT)
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros that take no memory until they are written to; PyTorch's own are written when they are made."""
+    kind = torch.empty(0, dtype=dtype).numpy().dtype
+    return torch.from_numpy(np.zeros(tuple(shape), kind))
 
 
 def available_memory() -> int | None:

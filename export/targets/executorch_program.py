@@ -27,6 +27,36 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def lean_lowering(*, keep_weights: bool = False) -> Iterator[None]:
+    """Within it XNNPACK's delegates are made without a second copy of the weights.
+
+    Unless they are kept, a linear layer's codes are given back as soon as its delegate holds them, packed.
+    """
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+
+    copy_for_preprocess, preprocess = (
+        XnnpackBackend.copy_exported_program_for_preprocess,
+        XnnpackBackend.preprocess,
+    )
+
+    def packed(program: Any, specs: list[Any]) -> Any:
+        result = preprocess(program, specs)
+        for tensor in program.state_dict.values():
+            if tensor.dtype == torch.int8 and tensor.dim() == 2 and not keep_weights:
+                tensor.untyped_storage().resize_(0)
+        return result
+
+    # The hook that ExecuTorch has for this, of a backend that changes the graph alone.
+    XnnpackBackend.copy_exported_program_for_preprocess = staticmethod(lambda program, specs: copied(program))
+    XnnpackBackend.preprocess = staticmethod(packed)
+    try:
+        yield
+    finally:
+        XnnpackBackend.copy_exported_program_for_preprocess = copy_for_preprocess
+        XnnpackBackend.preprocess = staticmethod(preprocess)
+
+
 def compile_config(kept: Sequence[Any] = ()) -> Any:
     """Of the edge dialect; operators that are `kept` are not decomposed."""
     from executorch.exir import EdgeCompileConfig
@@ -88,9 +118,17 @@ def forget_weights(program: Any) -> None:
 
 
 def copied(program: Any) -> Any:
-    """A copy over the same tensors: what makes it executable changes a program."""
+    """A copy over the same tensors: what makes it executable changes a program.
+
+    Of a tensor that is a part of another the copy has its own, since XNNPACK writes out whole storages.
+    """
     tensors = [*program.state_dict.values(), *program.constants.values()]
-    return copy.deepcopy(program, {id(tensor): tensor for tensor in tensors})
+    own = {id(tensor): tensor if _is_whole(tensor) else tensor.clone() for tensor in tensors}
+    return copy.deepcopy(program, own)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def write_program(executable: Any, path: Path) -> None:

@@ -13,6 +13,14 @@ from typing import Any
 EXPECTED: Mapping[str, str] = {
     "llama.update_cache": "ExecuTorch's own operator",
     "llama.custom_sdpa": "ExecuTorch's own operator",
+    "llama.custom_quantized_sdpa": "ExecuTorch's own operator",
+    **dict.fromkeys(
+        (
+            *("quantized_decomposed.quantize_per_tensor", "quantized_decomposed.quantize_per_token"),
+            "quantized_decomposed.choose_qparams_per_token_asymmetric",
+        ),
+        "of queries, keys and values, for a cache in int8",
+    ),
     "quantized_decomposed.embedding_4bit": "a look-up",
     "quantized_decomposed.embedding_byte": "a look-up",
     "aten.embedding": "a look-up",
@@ -161,7 +169,7 @@ def flops(node: Any) -> int:
         return 2 * math.prod(out) * shapes[1][-1]
     if name in ("convolution", "conv2d") and out and shapes[1]:
         return 2 * math.prod(out) * math.prod(shapes[1][1:])
-    if name == "custom_sdpa" and out and shapes[1]:
+    if name in ("custom_sdpa", "custom_quantized_sdpa") and out and shapes[1]:
         return 4 * math.prod(out) * shapes[1][1]  # as over the whole cache
     return math.prod(out) if out and value is not None else 0
 

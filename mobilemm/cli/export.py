@@ -117,8 +117,8 @@ def export(
         str,
         typer.Option(
             "--kv-cache",
-            rich_help_panel=ONNX,
-            help="float32, or int8: a quarter of the memory, decodes faster, prefills slower.",
+            rich_help_panel=QUANTIZATION,
+            help="Keys and values: float32, or int8, a quarter of the memory (onnx, executorch).",
         ),
     ] = "float32",
     standard_ops: Annotated[
@@ -208,8 +208,8 @@ def export(
         raise MobileMMError(f"--kv-cache {kv_cache!r}: choose float32 or int8")
     if kv_cache == "int8" and standard_ops:
         raise MobileMMError("--kv-cache int8 needs onnxruntime's own operators: leave --standard-ops out")
-    if kv_cache == "int8" and set(names) - {"onnx"}:
-        raise MobileMMError("--kv-cache int8 is for --target onnx alone")
+    if kv_cache == "int8" and "coreml" in names:
+        raise MobileMMError("--kv-cache int8 is not for --target coreml")
     if dtype is not None:
         q_llm, q_embed, q_vision = q_llm or dtype, q_embed or dtype, q_vision or dtype
     plan = make_plan(

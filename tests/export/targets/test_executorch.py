@@ -28,12 +28,14 @@ from tests.export.targets.executorch_judges import delegation_is_executed, runne
 
 pytest.importorskip("executorch")
 
+from mobilemm.export.targets.executorch_decoder import output_rows
 from mobilemm.export.targets.executorch_lowering import (
     DelegatedForms,
     express,
     expressible,
     lower,
 )
+from mobilemm.export.targets.executorch_program import copied
 
 # --- forms ------------------------------------------------------------------------------------------------
 
@@ -125,6 +127,19 @@ def test_positive_scales_change_nothing_but_their_own_rounding() -> None:
     assert kept.any()
     codes = planned.codes()[kept]
     assert torch.equal(found.codes()[kept], codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_a_layer_have_memory_of_their_own(bits: Any) -> None:
+    """XNNPACK writes out the whole memory that a tensor lies in, whatever part of it the tensor is."""
+    linear = QuantizedLinear(expressible(quantize(torch.randn(48, 64), WeightScheme(bits, 32))))
+    lowered = lower(nn.Sequential(output_rows(linear, slice(16, 32))), delegated=True).eval()
+    x = torch.randn(1, 5, 64)
+    program = torch.export.export(lowered, (x,))
+    for tensor in copied(program).state_dict.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    wanted = linear(x)[..., 16:32]
+    assert snr_db(lowered(x).numpy(), wanted.numpy()) > 25
 
 
 @pytest.mark.parametrize(
