@@ -14,36 +14,27 @@ bundle's likelihoods come out of its decoder on its own runtime.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mobilemm.evaluation.scorers import BundleScorer, ModelScorer
+from mobilemm.evaluation.tasks import QUESTION, Item, held_out, read_task
+
 ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT, DRAWINGS = ROOT / "tests" / "assets" / "held_out", ROOT / "docs" / "drawings"
-QUESTION = "What is in this picture?"
+DRAWINGS = ROOT / "docs" / "drawings"
 PICTURES, NEW_TOKENS, CHOICES = 100, 24, 4
 
 Picture = Path | Image.Image
 
 
-@dataclass(frozen=True)
-class Item:
-    """A question of the score: which of the captions is the picture's."""
-
-    picture: Path
-    choices: tuple[str, ...]
-    answer: int
-
-
 def pictures(count: int = PICTURES) -> dict[str, Picture]:
     """By name: held-out ones and drawings first, then as many made here as are still wanted."""
-    found: dict[str, Picture] = {path.stem: path for path in sorted(HELD_OUT.glob("*.png"))}
+    found: dict[str, Picture] = {path.stem: path for path in sorted(held_out().glob("*.png"))}
     found |= {f"drawing of a {path.stem}": path for path in sorted(DRAWINGS.glob("*.png"))}
     made = max(0, count - len(found))
     found |= {f"made {index}": shapes(index) for index in range(made)}
@@ -74,12 +65,6 @@ def shapes(seed: int) -> Image.Image:
     return picture
 
 
-def held_out() -> list[Item]:
-    """The tests' questions."""
-    rows = json.loads((HELD_OUT / "index.json").read_text(encoding="utf-8"))
-    return [Item(HELD_OUT / row["image"], tuple(row["choices"]), row["answer"]) for row in rows]
-
-
 def validation(folder: Path, count: int, seed: int = 0) -> list[Item]:
     """Pairs of the validation split, each with captions of three other groups."""
     from mobilemm.data.pairs import read_pairs
@@ -91,22 +76,20 @@ def validation(folder: Path, count: int, seed: int = 0) -> list[Item]:
         others = sorted({other.caption for other in pairs if other.group != pair.group} - {pair.caption})
         choices = [pair.caption, *draw.sample(others, CHOICES - 1)]
         draw.shuffle(choices)
-        items.append(Item(folder / pair.image, tuple(choices), choices.index(pair.caption)))
+        items.append(Item(folder / pair.image, QUESTION, tuple(choices), choices.index(pair.caption)))
     return items
 
 
-class PyTorch:
-    """The checkpoint in fp32: transformers' `generate`, and the training's own loss."""
+class PyTorch(ModelScorer):
+    """The checkpoint in fp32: transformers' `generate`."""
 
     def __init__(self, source: str | None = None) -> None:
         import torch
 
         import mobilemm
-        from mobilemm.training.alignment import CaptionLoss
 
         self.torch = torch
-        self.model, self.processor = mobilemm.load(source, dtype="float32")
-        self.loss = CaptionLoss(self.model, self.processor)
+        super().__init__(*mobilemm.load(source, dtype="float32"))
 
     def _inputs(self, picture: Picture) -> Any:
         content: list[dict[str, Any]] = [
@@ -131,8 +114,8 @@ class PyTorch:
             logits = self.model(**inputs).logits[0, -1].float()
         return float(logits[wanted] - logits[found])
 
-    def answer(self, picture: Picture) -> list[int]:
-        """Ids of the greedy answer, without the end token."""
+    def answer_ids(self, picture: Picture) -> list[int]:
+        """Of the greedy answer, without the end token."""
         inputs = self._inputs(picture)
         with self.torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -141,69 +124,14 @@ class PyTorch:
         ends = end if isinstance(end, list) else [end]
         return found[:-1] if found and found[-1] in ends else found
 
-    def losses(self, item: Item) -> list[float]:
-        """Of each choice, per token."""
-        with self.torch.inference_mode():
-            inputs = self.processor(images=item.picture, text="<image>")
-            embeds = self.model.get_image_features(inputs["pixel_values"])
-            count = len(item.choices)
-            sums = self.loss(embeds.expand(count, -1, -1), [QUESTION] * count, item.choices)
-        return (sums[:, 0] / sums[:, 1]).tolist()
 
-
-class Bundle:
+class Bundle(BundleScorer):
     """A bundle through the runtime that `mobilemm run` has."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        from mobilemm.runtime.backends import open_backend
-        from mobilemm.runtime.bundle import open_bundle
-        from mobilemm.runtime.sampling import Sampling
-        from mobilemm.runtime.session import Session
-
-        self.bundle = open_bundle(folder)
-        self.backend = open_backend(self.bundle, threads)
-        self.session = Session(self.bundle, self.backend, Sampling(max_new_tokens=NEW_TOKENS))
-        self.decoder = self.backend.decoder()
-
-    def answer(self, picture: Picture) -> list[int]:
-        """Ids of the greedy answer, without the end token."""
-        self.session.reset()
-        self.session.look_at(picture)
-        self.session.reply(QUESTION)
+    def answer_ids(self, picture: Picture) -> list[int]:
+        """Of the greedy answer, without the end token."""
+        self.answer(picture, QUESTION, NEW_TOKENS)
         return list(self.session.answer_ids)
-
-    def losses(self, item: Item) -> list[float]:
-        """Of each choice, per token, its end token included. The prompt is run once."""
-        from mobilemm.runtime.image import to_pixels
-
-        manifest, tokenizer = self.bundle.manifest, self.session.tokenizer
-        assert manifest.image is not None
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
-        prompt = tokenizer.encode([question])
-        pixels = to_pixels(item.picture, manifest.image)[None]
-        features = self.backend.run("vision", {"pixels": pixels})["image_features"]
-        self.decoder.truncate(0)
-        first = self.decoder.decode(self._embed(prompt, features))[0]
-        losses = []
-        for choice in item.choices:
-            said = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
-            whole = tokenizer.encode([question, said], add_generation_prompt=False)
-            assert whole[: len(prompt)] == prompt
-            answer = whole[len(prompt) :]
-            end = next(i for i, token in enumerate(answer) if token in manifest.model.eos_token_ids)
-            answer = answer[: end + 1]
-            self.decoder.truncate(len(prompt))
-            embeds = self._embed(answer[:-1], features[:0])
-            rest = self.decoder.decode(embeds, logits_positions=np.arange(len(answer) - 1))[0]
-            logits = np.concatenate([first, rest]).astype(np.float64)
-            logits -= logits.max(-1, keepdims=True)
-            log_likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            losses.append(-float(log_likelihood[np.arange(len(answer)), answer].mean()))
-        return losses
-
-    def _embed(self, ids: Sequence[int], features: np.ndarray) -> np.ndarray:
-        inputs = {"input_ids": np.array([ids], np.int64), "image_features": features}
-        return self.backend.run("embed", inputs)["inputs_embeds"]
 
 
 def main() -> None:
@@ -221,9 +149,9 @@ def main() -> None:
     pytorch = PyTorch(given.model)
 
     shown = pictures(given.pictures)
-    wanted = {name: pytorch.answer(picture) for name, picture in shown.items()}
+    wanted = {name: pytorch.answer_ids(picture) for name, picture in shown.items()}
     for label, system in systems.items():
-        answers = {name: system.answer(picture) for name, picture in shown.items()}
+        answers = {name: system.answer_ids(picture) for name, picture in shown.items()}
         same = sum(answers[name] == wanted[name] for name in shown)
         print(f"{label}: {same} of {len(shown)} answers have the same tokens as PyTorch's", flush=True)
         decode = system.session.tokenizer.decode
@@ -232,18 +160,23 @@ def main() -> None:
             margin = pytorch.margin(shown[name], wanted[name], answers[name])
             print(f"  {name}: {decode(answers[name])!r}, PyTorch {decode(wanted[name])!r} by {margin:.3f}")
 
-    tasks = {"held-out": held_out()}
+    tasks = {"held-out": read_task("multiple-choice")}
     if given.pairs is not None:
         tasks["validation"] = validation(given.pairs, given.items)
     for task, items in tasks.items():
-        reference = [pytorch.losses(item) for item in items]
+        reference = [_losses(pytorch, item) for item in items]
         print(f"{task}, right caption among {CHOICES}: PyTorch {_right(items, reference)}", flush=True)
         for label, system in systems.items():
-            losses = [system.losses(item) for item in items]
+            losses = [_losses(system, item) for item in items]
             furthest = np.abs(np.array(losses) - np.array(reference)).max()
             print(
                 f"  {label}: {_right(items, losses)}; loss per token at most {furthest:.2g} off", flush=True
             )
+
+
+def _losses(system: PyTorch | Bundle, item: Item) -> list[float]:
+    assert item.picture is not None
+    return system.losses(item.picture, item.question, item.choices)
 
 
 def _right(items: Sequence[Item], losses: Sequence[Sequence[float]]) -> str:

@@ -15,6 +15,7 @@ from mobilemm.cli.bench import bench
 from mobilemm.cli.chat import chat
 from mobilemm.cli.compare import compare
 from mobilemm.cli.doctor import doctor
+from mobilemm.cli.eval import evaluate
 from mobilemm.cli.export import export
 from mobilemm.cli.inspect import inspect
 from mobilemm.cli.merge import merge
@@ -40,6 +41,7 @@ app.command()(compare)
 app.command()(chat)
 app.command()(inspect)
 app.command()(train)
+app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(push)
 app.command()(pull)
