@@ -121,8 +121,8 @@ class PartsTrainer(Trainer):
         if not self.args.should_save:
             return
         os.makedirs(output_dir, exist_ok=True)
-        model: Any = self.model
-        trained = trained_parameters(self.accelerator.unwrap_model(model))
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]  # there is one
+        trained = trained_parameters(model)
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in trained.items()},
             Path(output_dir) / TRAINED,
@@ -132,7 +132,8 @@ class PartsTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        trained = trained_parameters(self.model)
+        whole: Any = self.model
+        trained = trained_parameters(whole)
         path = Path(resume_from_checkpoint) / TRAINED
         saved = load_file(path)
         if set(saved) != set(trained):
