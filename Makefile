@@ -52,7 +52,7 @@ install = { [ -x $(BIN)/uv ] && $(call try,$(BIN)/uv pip install --python $(BIN)
 	|| { echo "make: the packages could not be installed; the reason stands above" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup judges demo test test-android lint typecheck format doctor
+.PHONY: help setup judges demo test android test-android lint typecheck format doctor
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F '|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -71,14 +71,19 @@ demo: $(STAMP) ## let the default model describe a picture, export it, and let t
 test: $(JUDGES) ## run every test (some of them only: make test PYTEST_FLAGS="-m 'not slow'")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
-# The Android demo's core on the JVM: needs a JDK 17 and Maven, which fetches the Kotlin compiler and ONNX Runtime.
+# The Android demo: needs a JDK 17 and Maven, which fetches the Kotlin compiler and the rest; for the APK npm, too.
 # Python answers with the very version of ONNX Runtime that the app has: kernels differ between versions.
 ANDROID := build/android
 ANDROID_ORT := $(shell sed -n 's/^onnxruntime = "\(.*\)"/\1/p' android_demo/gradle/libs.versions.toml)
+ANDROID_TESTS := --bundle $(ANDROID)/bundle --vectors $(ANDROID)/vectors
+android: $(STAMP) $(ANDROID)/bundle ## build the Android demo: a signed APK with the default model in it
+	$(BIN)/python android_demo/build.py apk --bundle $(ANDROID)/bundle
+	$(BIN)/python android_demo/build.py check
+
 test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) ## run the Android core's tests on the JVM
 	PYTHONPATH=$(ANDROID)/onnxruntime-$(ANDROID_ORT) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m tests.android.vectors $(ANDROID)/bundle $(ANDROID)/vectors
-	$(BIN)/python android_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(ANDROID)/vectors
+	$(BIN)/python android_demo/build.py test $(ANDROID_TESTS)
 	$(BIN)/python -m pytest tests/android
 
 $(ANDROID)/bundle: | $(STAMP)

@@ -2,7 +2,9 @@
 """Builds and tests the Android demo where Google's servers cannot be reached: Java 17, Maven, and this file.
 
     python android_demo/build.py test --bundle FOLDER --vectors FOLDER
+    python android_demo/build.py test-app --bundle FOLDER --vectors FOLDER
     python android_demo/build.py apk [--bundle FOLDER]
+    python android_demo/build.py check
 
 Sources and versions are those of the Gradle project beside it: `src/main` and `src/test` of each module,
 and `gradle/libs.versions.toml`. What is fetched stays in Maven's own repository; what is made is in
@@ -24,6 +26,9 @@ import tomllib
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import apk_checks
+from class_files import read_jar
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "build" / "android"
@@ -118,7 +123,7 @@ def compile_kotlin(name: str, files: Sequence[Path], classpath: Sequence[Path], 
         [
             *("java", "-Xmx1500m", "-cp", os.pathsep.join(map(str, compiler))),
             "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler",
-            *("-no-stdlib", "-no-reflect", "-jvm-target", "17", "-module-name", name, "-Werror"),
+            *("-no-stdlib", "-no-reflect", "-module-name", name, "-Werror"),
             *options,
             *("-cp", os.pathsep.join(map(str, classpath)), "-d", jar),
             *files,
@@ -132,8 +137,15 @@ def stdlib() -> Path:
     return next(path for path in resolve("kotlin-compiler") if path.name.startswith("kotlin-stdlib-"))
 
 
+# Android 8's Java: since 9, ByteBuffer.clear() and others have signatures that its classes lack.
+ANDROIDS_JAVA = ("-jvm-target", "1.8", "-Xjdk-release=1.8")
+TESTS_JAVA = ("-jvm-target", "17")
+
+
 def core() -> Path:
-    return compile_kotlin("core", sources("core", "main"), [stdlib(), *resolve("onnxruntime")])
+    return compile_kotlin(
+        "core", sources("core", "main"), [stdlib(), *resolve("onnxruntime")], *ANDROIDS_JAVA
+    )
 
 
 # --- the app ----------------------------------------------------------------------------------------------
@@ -236,7 +248,7 @@ def resources() -> tuple[Path, Path]:
 
 def app_classes(r_jar: Path) -> Path:
     classpath = [android_jar(), core(), r_jar, stdlib(), onnxruntime_android() / "classes.jar"]
-    return compile_kotlin("app", sources("app", "main"), classpath, "-no-jdk")
+    return compile_kotlin("app", sources("app", "main"), classpath, *LENIENT, *ANDROIDS_JAVA)
 
 
 def dex(jars: Sequence[Path]) -> list[Path]:
@@ -247,6 +259,10 @@ def dex(jars: Sequence[Path]) -> list[Path]:
     command = ["java", "-Xmx1500m", "-cp", r8, "com.android.tools.r8.D8", "--release", "--lib", android_jar()]
     run([*command, "--min-api", VERSIONS["minSdk"], "--output", folder, *jars])
     return sorted(folder.glob("classes*.dex"))
+
+
+# In the SDK's android.jar what may be null only warns; in the framework's own classes it is an error.
+LENIENT = ("-Xnullability-annotations=@android.annotation:ignore",)
 
 
 class Apk:
@@ -355,24 +371,68 @@ def describe(signed: Path) -> None:
     print(f"{signed}: {signed.stat().st_size / 1e6:.1f} MB")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """What can be known of the built APK without a phone."""
+    _, r_jar = resources()
+    onnxruntime = onnxruntime_android()
+    ours = [core(), app_classes(r_jar), r_jar, onnxruntime / "classes.jar", stdlib()]
+    for library in ("android-all-min", "android-all"):
+        jar = next(path for path in resolve(library, without=["*:*"]) if path.name.startswith("android-all-"))
+        known = apk_checks.AndroidClasses(jar)
+        found, missing = known.check(ours)
+        print(f"{jar.name}: {found} references to android.*, {len(missing)} that it lacks")
+        # Kotlin's library and ONNX Runtime look for newer classes and go without them.
+        for owner, (name, kind), users in missing:
+            print(f"  {owner}.{name}{kind} in {', '.join(sorted(users))}")
+        if missing:
+            raise BuildError("the app names what an Android version that it is for does not have")
+    signed = OUT / "mobilemm-demo.apk"
+    natives = [(one.name, name) for one in read_jar(onnxruntime / "classes.jar") for name, _ in one.natives]
+    for abi in ABIS:
+        libraries = apk_checks.libraries(signed, abi)
+        lost = [native for native in natives if not apk_checks.is_exported(native, libraries)]
+        print(f"{abi}: {len(natives)} native methods, {len(lost)} that no library has")
+        if lost:
+            raise BuildError(f"{abi}: no library has {lost[:3]}")
+    for name, offset, alignment in apk_checks.alignments(signed):
+        print(f"{name}: at {offset}, pages of {alignment}")
+        if offset % LIBRARY_ALIGNMENT or alignment % LIBRARY_ALIGNMENT:
+            raise BuildError(f"{name}: a phone with pages of 16 kB could not map it")
+
+
 # --- commands ---------------------------------------------------------------------------------------------
+
+
+def core_tests() -> tuple[Path, list[Path], Path]:
+    """The core, what it needs on this computer, and its tests."""
+    libraries = [stdlib(), *resolve("onnxruntime"), *resolve("junit")]
+    main = core()
+    options = (f"-Xfriend-paths={main}", *TESTS_JAVA)
+    return main, libraries, compile_kotlin("core-test", sources("core", "test"), [main, *libraries], *options)
 
 
 def test(arguments: argparse.Namespace) -> None:
     """The core's tests on the JVM, with the publisher's ONNX Runtime."""
-    libraries = [stdlib(), *resolve("onnxruntime"), *resolve("junit")]
-    main = core()
-    tests = compile_kotlin("core-test", sources("core", "test"), [main, *libraries], f"-Xfriend-paths={main}")
+    main, libraries, tests = core_tests()
     classes = [f"org.mobilemm.{path.stem}" for path in sources("core", "test") if path.stem.endswith("Test")]
     if arguments.only:
         classes = [name for name in classes if name.endswith(tuple(arguments.only))]
     junit([tests, main, *libraries], classes, arguments)
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """The app's benchmark on this computer's JVM, for `mobilemm compare` with `mobilemm bench --json`."""
+    main, libraries, tests = core_tests()
+    classpath = os.pathsep.join(map(str, [tests, main, *libraries]))
+    options = [arguments.bundle.resolve(), arguments.out.resolve(), arguments.threads, arguments.runs]
+    print(
+        run(["java", "-Xmx2g", "-cp", classpath, "org.mobilemm.HostBenchmarkKt", *map(str, options)]).strip()
+    )
+
+
 def test_app(arguments: argparse.Namespace) -> None:
     """The app's screens on Robolectric: Android's own framework code, on the JVM."""
     base, r_jar = resources()
-    android = [path for path in resolve("android-all-instrumented", without=["*:*"])]
     # What androidx.test, which is on Google's server alone, would give; the few types that Robolectric names.
     without = ["androidx.test:monitor", "androidx.test.espresso:espresso-idling-resource"]
     libraries = [stdlib(), *resolve("onnxruntime"), *resolve("robolectric", "junit", without=without)]
@@ -385,7 +445,7 @@ def test_app(arguments: argparse.Namespace) -> None:
         "app-test",
         sources("app", "test"),
         [*main, *libraries, android_jar()],
-        f"-Xfriend-paths={main[0]}",
+        *(f"-Xfriend-paths={main[0]}", *LENIENT, *TESTS_JAVA),
     )
     # As Gradle's plugin tells Robolectric where the resources are.
     settings = OUT / "robolectric"
@@ -398,7 +458,7 @@ def test_app(arguments: argparse.Namespace) -> None:
         f"android_resource_apk={base}\n"
         f"android_custom_package={PACKAGE}\n"
     )
-    for path in android:
+    for path in resolve("android-all-instrumented", without=["*:*"]):
         (settings / path.name).symlink_to(path)
     classes = [f"{PACKAGE}.{path.stem}" for path in sources("app", "test") if path.stem.endswith("Test")]
     options = [
@@ -438,9 +498,17 @@ def main() -> int:
         )
         command.add_argument("--only", nargs="*", help="names of test classes")
         command.set_defaults(action=action)
+    command = commands.add_parser("bench", help=bench.__doc__)
+    command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
+    command.add_argument("--out", type=Path, required=True, help="the result's file")
+    command.add_argument("--threads", type=int, default=0, help="0: what the runtime takes")
+    command.add_argument("--runs", type=int, default=5)
+    command.set_defaults(action=bench)
     command = commands.add_parser("apk", help="build the signed APK")
     command.add_argument("--bundle", type=Path, help="a bundle to pack in")
     command.set_defaults(action=apk)
+    command = commands.add_parser("check", help=check.__doc__)
+    command.set_defaults(action=check)
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     try:

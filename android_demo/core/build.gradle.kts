@@ -5,6 +5,16 @@ plugins {
 
 kotlin {
     jvmToolchain(17)
+    compilerOptions {
+        // Android 8's Java: since 9, ByteBuffer.clear() and others have signatures that its classes lack.
+        jvmTarget = org.jetbrains.kotlin.gradle.dsl.JvmTarget.JVM_1_8
+        freeCompilerArgs.add("-Xjdk-release=1.8")
+    }
+}
+
+java {
+    sourceCompatibility = JavaVersion.VERSION_1_8
+    targetCompatibility = JavaVersion.VERSION_1_8
 }
 
 dependencies {

@@ -124,4 +124,19 @@ class SessionTest {
         val failed = SelfCheck(bundle, changed) { Vectors.picture(it) }.run().filter { !it.passed }
         assertEquals(listOf("vision"), failed.map { it.part })
     }
+
+    @Test fun `a token allocates less than 64 kB`() {
+        val threads = java.lang.management.ManagementFactory.getThreadMXBean() as com.sun.management.ThreadMXBean
+        val own = Thread.currentThread().id
+        Session(Vectors.bundle, Vectors.backend, Sampling(maxNewTokens = 120)).use { session ->
+            val marks = ArrayList<Pair<Int, Long>>()
+            session.stream("Tell me a long story about a house.") {
+                marks += session.answerIds.size to threads.getThreadAllocatedBytes(own)
+            }
+            val (first, last) = marks.first { it.first > 20 } to marks.last()
+            val each = (last.second - first.second) / (last.first - first.first)
+            println("$each bytes allocated a token")
+            assertTrue("$each bytes", each < 64 * 1024)
+        }
+    }
 }

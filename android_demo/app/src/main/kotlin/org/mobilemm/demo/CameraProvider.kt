@@ -37,7 +37,7 @@ class CameraProvider : ContentProvider() {
         sortOrder: String?,
     ): Cursor {
         val cursor = MatrixCursor(arrayOf(OpenableColumns.DISPLAY_NAME, OpenableColumns.SIZE))
-        file(uri)?.let { cursor.addRow(arrayOf(it.name, it.length())) }
+        file(uri)?.let { cursor.addRow(arrayOf<Any>(it.name, it.length())) }
         return cursor
     }
 

@@ -4,6 +4,7 @@ import android.content.Context
 import android.graphics.Canvas
 import android.graphics.Paint
 import android.util.AttributeSet
+import android.util.TypedValue
 import android.view.View
 import org.mobilemm.Figure
 import java.util.Locale
@@ -11,7 +12,7 @@ import java.util.Locale
 /** A bar for each figure, those of one unit to one scale, each with its number. */
 class ChartView(context: Context, attributes: AttributeSet?) : View(context, attributes) {
     private val density = resources.displayMetrics.density
-    private val text = Paint(Paint.ANTI_ALIAS_FLAG).apply { textSize = 14 * resources.displayMetrics.scaledDensity }
+    private val text = Paint(Paint.ANTI_ALIAS_FLAG).apply { textSize = TypedValue.applyDimension(TypedValue.COMPLEX_UNIT_SP, 14f, resources.displayMetrics) }
     private val bar = Paint(Paint.ANTI_ALIAS_FLAG).apply { color = context.getColor(R.color.accent) }
     private val back = Paint(Paint.ANTI_ALIAS_FLAG).apply { color = context.getColor(R.color.answer) }
 

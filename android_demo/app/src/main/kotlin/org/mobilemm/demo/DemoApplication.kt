@@ -22,6 +22,8 @@ open class DemoApplication : Application() {
         benchmarks = Benchmarks(this, models, chat)
     }
 
+    // Newer systems send only the levels of the background; older ones all of them.
+    @Suppress("DEPRECATION")
     override fun onTrimMemory(level: Int) {
         super.onTrimMemory(level)
         // In the background, or while the system runs short: what can be computed again is given back.

@@ -183,6 +183,7 @@ class ScreensTest {
         until("the end") { !app.chat.isBusy }
     }
 
+    @Suppress("DEPRECATION")
     @Test fun `process death and low memory lose nothing that was said`() {
         val controller = chat()
         val activity = controller.get()
