@@ -420,6 +420,17 @@ def test(arguments: argparse.Namespace) -> None:
     junit([tests, main, *libraries], classes, arguments)
 
 
+def test_dex(arguments: argparse.Namespace) -> None:
+    """The core's tests on the APK's own classes, converted back by enjarify (a package of Debian)."""
+    back = OUT / "dex-converted-back.jar"
+    told = run(["enjarify", "--force", "-o", back, OUT / "mobilemm-demo.apk"])
+    print("\n".join(told.strip().splitlines()[-2:]), flush=True)
+    _, libraries, tests = core_tests()
+    classes = [f"org.mobilemm.{path.stem}" for path in sources("core", "test") if path.stem.endswith("Test")]
+    # Of ONNX Runtime's jar only the libraries are taken: its classes are in the APK, too.
+    junit([tests, back, *libraries], classes, arguments)
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """The app's benchmark on this computer's JVM, for `mobilemm compare` with `mobilemm bench --json`."""
     main, libraries, tests = core_tests()
@@ -462,10 +473,12 @@ def test_app(arguments: argparse.Namespace) -> None:
         (settings / path.name).symlink_to(path)
     classes = [f"{PACKAGE}.{path.stem}" for path in sources("app", "test") if path.stem.endswith("Test")]
     options = [
+        # What Robolectric looks into, of the JVM's own classes.
+        *("--add-opens", "java.base/java.io=ALL-UNNAMED", "--add-opens", "java.base/java.lang=ALL-UNNAMED"),
         *("-Drobolectric.offline=true", f"-Drobolectric.dependency.dir={settings}"),
         f"-Dmobilemm.screens={OUT / 'screens'}",
     ]
-    junit([settings, tests, *main, standins, *libraries], classes, arguments, *options)
+    junit([settings, tests, *main, standins, *libraries, android_jar()], classes, arguments, *options)
 
 
 def junit(
@@ -490,7 +503,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, action in (("test", test), ("test-app", test_app)):
+    for name, action in (("test", test), ("test-dex", test_dex), ("test-app", test_app)):
         command = commands.add_parser(name, help=action.__doc__)
         command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
         command.add_argument(

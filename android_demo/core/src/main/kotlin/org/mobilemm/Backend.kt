@@ -50,14 +50,15 @@ interface Decoder : AutoCloseable {
 
     /**
      * Appends `inputs_embeds` (1, n, hidden) to the cache; logits (vocabulary) behind the last one, valid until the
-     * next call. `positions` int64 (3, 1, n) only for models whose positions have three dimensions.
+     * next call. `positions` int64 (3, 1, n) only for models whose positions have three dimensions;
+     * others count by themselves.
      *
      * When it raises, the cache is what it was before. Raises [MobileMMError] when the cache would grow longer than
      * the model's context, [Cancelled] when somebody has cancelled.
      */
     fun decode(
         embeds: Tensor,
-        positions: Tensor? = null,
+        positions: Tensor?,
     ): FloatBuffer
 
     /** Forgets all positions from `length` on. */

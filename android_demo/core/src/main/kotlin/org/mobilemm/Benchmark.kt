@@ -119,7 +119,7 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         val seconds =
             times {
                 decoder.truncate(0)
-                decoder.decode(embed(backend, ids))
+                decoder.decode(embed(backend, ids), null)
             }
         tell("pp${settings.promptTokens}", "read a prompt", "tok/s", seconds.map { settings.promptTokens / it })
     }
@@ -135,11 +135,11 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         val size = manifest.model.vocabSize
         for (turn in 0..settings.runs) {
             decoder.truncate(0)
-            var token = Sampler.largest(size, decoder.decode(embed(backend, ids))::get)
+            var token = Sampler.largest(size, decoder.decode(embed(backend, ids), null)::get)
             val begun = System.nanoTime()
             var last = begun
             repeat(settings.newTokens) {
-                token = Sampler.largest(size, decoder.decode(embed(backend, listOf(token)))::get)
+                token = Sampler.largest(size, decoder.decode(embed(backend, listOf(token)), null)::get)
                 val now = System.nanoTime()
                 // The first run warms up.
                 if (turn > 0) each += (now - last) / 1e9

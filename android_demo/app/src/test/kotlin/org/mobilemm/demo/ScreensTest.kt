@@ -164,7 +164,7 @@ class ScreensTest {
         val turned = Configuration(activity.resources.configuration)
         turned.orientation = Configuration.ORIENTATION_LANDSCAPE
         RuntimeEnvironment.setQualifiers("+land")
-        controller.configurationChange(turned)
+        controller.configurationChange(turned).visible()
         activity = controller.get()
         assertTrue(app.chat.isBusy)
         until("more words") { app.chat.messages.last().text.length > before.length + 20 }
@@ -316,7 +316,7 @@ class ScreensTest {
         assertEquals(0, app.chat.pending.size)
     }
 
-    @Config(qualifiers = "$PHONE-night")
+    @Config(qualifiers = DARK_PHONE)
     @Test fun `all that can be touched is named, and is large enough`() {
         for (activity in listOf(chat().get(), Robolectric.buildActivity(ModelsActivity::class.java).setup().get())) {
             val density = activity.resources.displayMetrics.density
@@ -346,3 +346,4 @@ class ScreensTest {
 
 /** A phone of the common kind. */
 private const val PHONE = "w393dp-h830dp-xhdpi"
+private const val DARK_PHONE = "w393dp-h830dp-night-xhdpi"
