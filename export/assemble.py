@@ -141,12 +141,12 @@ def _export(
         for path, text in target.companions(draft).items():
             (folder / path).write_text(text, encoding="utf-8")
         draft = target.label(draft, folder)
-        draft = draft.model_copy(
-            update={"conversations": [_converse(model, folder, draft, options)], "files": writer.files()}
-        )
+        conversation = _converse(model, folder, draft, options)
+        answer = expected(folder, conversation) if options.verify else None
+        conversation = conversation.model_copy(update={"pytorch_answer": answer})
+        draft = draft.model_copy(update={"conversations": [conversation], "files": writer.files()})
         bundle = writer.finish(draft, model.license_text)
     shutil.rmtree(work, ignore_errors=True)
-    answer = expected(bundle) if options.verify else None
     notes = tuple(note for record in records.values() for note in record.notes)
     return Result(bundle, records, answer, notes)
 
@@ -257,13 +257,12 @@ class _PytorchAnswer:
         self.model = model
         self.known: dict[tuple[str, str], str] = {}
 
-    def __call__(self, bundle: Bundle) -> str | None:
+    def __call__(self, folder: Path, conversation: manifest.GoldenConversation) -> str | None:
         """None for a model that is too large to be run beside the export."""
         torch_model = self.model.torch_model
         if sum(parameter.numel() for parameter in torch_model.parameters()) > MAX_PARAMETERS_TO_RUN:
             return None
-        (conversation,) = bundle.manifest.conversations
-        picture = bundle.path(conversation.image).read_bytes() if conversation.image is not None else b""
+        picture = (folder / conversation.image).read_bytes() if conversation.image is not None else b""
         key = conversation.prompt, hashlib.sha256(picture).hexdigest()
         if key not in self.known:
             session = ChatSession(

@@ -214,15 +214,16 @@ def _verify(
     bits = min(plan.default.bits, 32)
     parity = None
     if options.verify:
-        wanted = verify.reference(part, inputs).numpy()
-        with torch.no_grad():
+        sums: dict[str, Tensor] = {}
+        wanted = verify.reference(part, inputs, sums.__setitem__).numpy()
+        with torch.no_grad(), verify.layer_decibels(module, sums) as layers:
             quantized = _eager(exported.module or module, inputs).numpy()
         parity = verify.measure(shipped, wanted, quantized, bits=bits, logits=part.cache is not None)
-        worst = (lambda: verify.worst_layers(part, module, inputs)) if isinstance(module, Decoder) else None
+        parity = parity.model_copy(update={"layers": layers or None})
         # Of float32 with rounded keys and values: sums in another order fall to another step.
         rounded = bits == 32 and part.cache is not None and options.int8_cache
         half = plan.activations == "float16" or rounded
-        verify.check(part.name, bits, parity, worst, half=half)
+        verify.check(part.name, bits, parity, verify.worst_layers(layers), half=half)
     golden_inputs = arrays
     if part.cache is not None:
         cut = min(GOLDEN_TOKENS, arrays["inputs_embeds"].shape[1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,14 +57,17 @@ ADVICE = {
 }
 
 
-def reference(part: Part, inputs: Mapping[str, Tensor]) -> Tensor:
+def reference(
+    part: Part, inputs: Mapping[str, Tensor], watch: Callable[[str, Tensor], None] | None = None
+) -> Tensor:
     """What a part gives in fp32 PyTorch, from the checkpoint's own weights.
 
-    Of a decoder one layer at a time is in memory. Its logits are those of all positions.
+    Of a decoder one layer at a time is in memory. Its logits are those of all positions; `watch` is shown
+    each layer's sum.
     """
     with torch.no_grad():
         if isinstance(part.module, Decoder):
-            return decoder_reference(part, inputs)
+            return decoder_reference(part, inputs, watch)
         module = share_tensors(part.module)
         blocks = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
         for block in (block for blocklist in blocks for block in blocklist):
@@ -189,7 +193,7 @@ def check(
     part: str,
     bits: int,
     parity: Parity,
-    worst: Callable[[], Sequence[str]] | None = None,
+    worst: Sequence[str] = (),
     *,
     half: bool = False,
 ) -> None:
@@ -214,30 +218,40 @@ def check(
     ]
     if not failed:
         return
-    layers = f"; worst: {', '.join(worst())}" if worst is not None else ""
+    layers = f"; worst: {', '.join(worst)}" if worst else ""
     raise MobileMMError(
         f"part {part!r} ({bits} bits) is not what PyTorch says: {'; '.join(failed)}{layers}."
         f" Try {ADVICE.get(part, 'more bits')}"
     )
 
 
-def worst_layers(part: Part, quantized: nn.Module, inputs: Mapping[str, Tensor], count: int = 3) -> list[str]:
-    """The decoder layers behind which the quantized model loses most, in dB against the layer before."""
-    assert isinstance(quantized, Decoder)
-    wanted: dict[str, Tensor] = {}
-    decoder_reference(part, inputs, lambda name, value: wanted.__setitem__(name, value))
-    cache, rotary = EagerCache(), quantized.rotary(inputs.get("position_ids"))
-    hidden, residual = inputs["inputs_embeds"].float(), None
-    losses, before = [], MAX_DB
-    with torch.no_grad():
-        for index, layer in enumerate(quantized.layers):
-            assert isinstance(layer, DecoderLayer)
-            rope = layer.spec.rope
-            hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
-            name = f"layers.{index}"
-            now = snr_db((hidden + residual).numpy(), wanted[name].numpy())
-            losses.append((before - now, f"{name} ({now:.1f} dB)"))
-            before = now
+@contextmanager
+def layer_decibels(module: nn.Module, wanted: dict[str, Tensor]) -> Iterator[list[float]]:
+    """Within it, a run of a decoder leaves how close the sums behind its layers come to `wanted`, in dB.
+
+    `wanted` is emptied, as a layer's sum is needed once. Of other parts nothing is left.
+    """
+    found: list[float] = []
+
+    def look(layer: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        hidden, residual = output
+        found.append(snr_db((hidden + residual).numpy(), wanted.pop(f"layers.{len(found)}").numpy()))
+
+    layers = module.layers if isinstance(module, Decoder) else ()
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def worst_layers(decibels: Sequence[float], count: int = 3) -> list[str]:
+    """The layers behind which the quantized model loses most, against the layer before."""
+    losses = [
+        (before - now, f"layers.{index} ({now:.1f} dB)")
+        for index, (before, now) in enumerate(zip([MAX_DB, *decibels], decibels, strict=False))
+    ]
     return [text for _, text in sorted(losses, reverse=True)[:count]]
 
 

@@ -123,12 +123,14 @@ def copied(program: Any) -> Any:
     Of a tensor that is a part of another the copy has its own, since XNNPACK writes out whole storages.
     """
     tensors = [*program.state_dict.values(), *program.constants.values()]
-    own = {id(tensor): tensor if _is_whole(tensor) else tensor.clone() for tensor in tensors}
-    return copy.deepcopy(program, own)
+    return copy.deepcopy(program, {id(tensor): _whole(tensor) for tensor in tensors})
 
 
-def _is_whole(tensor: torch.Tensor) -> bool:
-    return tensor.nbytes == tensor.untyped_storage().nbytes()
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.nbytes == tensor.untyped_storage().nbytes():
+        return tensor
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def write_program(executable: Any, path: Path) -> None:

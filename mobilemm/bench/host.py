@@ -17,7 +17,8 @@ from typing import Any
 from mobilemm import __version__
 from mobilemm.bench import machine
 from mobilemm.bench.limits import Rates, decode_limit, load_limit, prefill_limit
-from mobilemm.bench.result import BundleFacts, Figure, Limit, Machine, Result, Settings, Unit
+from mobilemm.bench.result import BundleFacts, Figure, Limit, Machine, MemoryTrace, Result, Settings, Unit
+from mobilemm.bench.runner import DEPTH_TOKENS
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.runtime.bundle import Bundle, open_bundle
 
@@ -43,6 +44,8 @@ class Found:
 
     figures: dict[str, tuple[Unit, list[float]]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    trace: dict[str, list[Any]] = field(default_factory=dict)
     runtime: str = ""
 
     def take(self, line: dict[str, Any], names: dict[str, str]) -> None:
@@ -52,6 +55,10 @@ class Found:
             self.figures.setdefault(name, (line["unit"], []))[1].extend(line["runs"])
         elif "peak" in line:
             self.peaks[line["peak"]] = max(line["bytes"], self.peaks.get(line["peak"], 0))
+        elif "phase" in line:
+            self.phases[line["phase"]] = line["begins"]
+        elif "trace" in line:
+            self.trace = line["trace"]
         elif "done" in line:
             self.runtime = line["done"]
 
@@ -147,7 +154,7 @@ def _result(
     weights = sum(file.bytes for file in manifest.files if file.path in files)
     limits: dict[str, Limit] = {
         "prefill": prefill_limit(manifest, settings, rates),
-        "decode": decode_limit(manifest, settings, rates),
+        "decode": decode_limit(manifest, settings.prompt_tokens + settings.new_tokens / 2, rates),
         "load_warm": load_limit(weights, rates),
     }
     labels = {"prefill": f"pp{settings.prompt_tokens}", "decode": f"tg{settings.new_tokens}"}
@@ -162,6 +169,17 @@ def _result(
         for name in WHAT
         if name in found.figures
     ]
+    depths = sorted(int(name.removeprefix("depth")) for name in found.figures if name.startswith("depth"))
+    for depth in depths:
+        figures.append(
+            Figure(
+                name=f"tg{DEPTH_TOKENS}@d{depth}",
+                what=f"write behind {depth} tokens",
+                unit="tok/s",
+                runs=found.figures[f"depth{depth}"][1],
+                limit=decode_limit(manifest, depth + DEPTH_TOKENS / 2, rates),
+            )
+        )
     figures += [
         Figure(name=f"memory_{phase}", what=f"peak memory: {phase}", unit="B", runs=[float(size)])
         for phase, size in found.peaks.items()
@@ -198,5 +216,6 @@ def _result(
         bundle=facts,
         settings=settings,
         figures=figures,
+        memory=MemoryTrace(**found.trace, phases=found.phases) if found.trace.get("bytes") else None,
         absent=absent,
     )

@@ -27,9 +27,8 @@ def prefill_limit(manifest: Manifest, settings: Settings, rates: Rates) -> Limit
     return _rate(count, decoder_bytes(manifest), 2 * (products + attention), rates)
 
 
-def decode_limit(manifest: Manifest, settings: Settings, rates: Rates) -> Limit:
-    """Tokens a second: each token reads all weights, and half of its keys and values on average more."""
-    length = settings.prompt_tokens + settings.new_tokens / 2
+def decode_limit(manifest: Manifest, length: float, rates: Rates) -> Limit:
+    """Tokens a second behind `length` others: each token reads all weights, and all keys and values."""
     moved = decoder_bytes(manifest) + length * cache_bytes_per_token(manifest)
     return _rate(1, moved, 2 * manifest.parts["decoder"].parameters, rates)
 

@@ -112,6 +112,14 @@ class Settings(Strict):
     threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
 
 
+class MemoryTrace(Strict):
+    """Resident bytes of the measuring process over its time, and when each phase began, in seconds."""
+
+    seconds: Annotated[list[Positive], Field(max_length=100_000)]
+    bytes: Annotated[list[Annotated[int, Field(ge=0, lt=2**50)]], Field(max_length=100_000)]
+    phases: dict[Name, Positive]
+
+
 class Result(Strict):
     """One bundle on one machine."""
 
@@ -124,6 +132,7 @@ class Result(Strict):
     bundle: BundleFacts
     settings: Settings
     figures: Annotated[list[Figure], Field(min_length=1, max_length=1000)]
+    memory: MemoryTrace | None = None
     # What could not be measured here, and why: energy where no counter can be read.
     absent: dict[str, Text] = Field(default_factory=dict)
 

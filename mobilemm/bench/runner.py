@@ -3,7 +3,8 @@
     python -m mobilemm.bench.runner < request.json
 
 The request is `Request` as JSON; what comes out is one JSON object a line: `{"figure": …, "unit": …, "runs":
-[…]}`, `{"peak": phase, "bytes": …}`, and at last `{"done": …}`. It needs what `mobilemm run` needs, no more,
+[…]}`, `{"phase": …, "begins": seconds}`, `{"peak": phase, "bytes": …}`, `{"trace": …}`, at last
+`{"done": …}`. It needs what `mobilemm run` needs, no more,
 so that it can be sent to a board.
 """
 
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,11 @@ from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.session import Session
 
 QUESTION = "What is in this picture?"
+# Positions that tokens are written behind, as far as the context goes, and how many tokens.
+DEPTHS = (256, 1024, 4096)
+DEPTH_TOKENS = 16
+# Seconds between two looks at the process' memory.
+MEMORY_INTERVAL = 0.1
 # A telephone's photograph, as messengers send it.
 PHOTO = (1280, 960)
 
@@ -50,6 +57,7 @@ class Runner:
 
     def __init__(self, request: Request, out: TextIO) -> None:
         self.settings, self.out = request.settings, out
+        self.begun = time.perf_counter()
         self.bundle: Bundle = open_bundle(Path(request.bundle), verify=False)
         self.manifest = self.bundle.manifest
         self.backend: Backend = open_backend(self.bundle, self.settings.threads)
@@ -83,6 +91,8 @@ class Runner:
             self._prefill()
         with self._phase("decode"):
             self._decode()
+        with self._phase("depth"):
+            self._decode_at_depths()
 
     def _time_to_first_token(self) -> None:
         """From the bytes of new pictures to the first token, the question's tokens among what is read."""
@@ -134,6 +144,26 @@ class Runner:
         if joules:
             self._tell("energy", "J", joules)
 
+    def _decode_at_depths(self) -> None:
+        """Behind longer and longer texts: attention reads more keys and values with each token."""
+        for depth in DEPTHS:
+            if depth + DEPTH_TOKENS > self.manifest.model.context_length:
+                break
+            ids = self._ids(depth)
+            self.decoder.truncate(0)
+            for start in range(0, depth, DEPTHS[0]):
+                logits = self.decoder.decode(self._embed(ids[start : start + DEPTHS[0]]))
+            token = int(logits[0, -1].argmax())
+            rates = []
+            for turn in range(min(self.settings.runs, 3) + 1):
+                self.decoder.truncate(depth)
+                begun = time.perf_counter()
+                for _ in range(DEPTH_TOKENS):
+                    token = int(self.decoder.decode(self._embed([token]))[0, -1].argmax())
+                if turn:  # the first warms up
+                    rates.append(DEPTH_TOKENS / (time.perf_counter() - begun))
+            self._tell(f"depth{depth}", "tok/s", rates)
+
     def _ids(self, count: int) -> list[int]:
         model = self.manifest.model
         drawn = np.random.default_rng(0).integers(0, model.vocab_size, 2 * count + 64)
@@ -162,6 +192,7 @@ class Runner:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        self._write({"phase": name, "begins": time.perf_counter() - self.begun})
         known = reset_peak()
         yield
         if known and (size := peak()) is not None:
@@ -170,6 +201,30 @@ class Runner:
     def _write(self, content: dict[str, Any]) -> None:
         self.out.write(json.dumps(content) + "\n")
         self.out.flush()
+
+
+class MemoryTrace:
+    """This process' resident memory, looked at now and then by a thread of its own (on Linux)."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.bytes: list[int] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        begun = time.perf_counter()
+        while (size := resident()) is not None:
+            self.seconds.append(round(time.perf_counter() - begun, 3))
+            self.bytes.append(size)
+            if self._over.wait(MEMORY_INTERVAL):
+                break
+
+    def stop(self) -> None:
+        """Ends the watching."""
+        self._over.set()
+        self._thread.join()
 
 
 def photograph(seed: int) -> bytes:
@@ -195,11 +250,20 @@ def reset_peak() -> bool:
 
 def peak() -> int | None:
     """The most bytes that were resident since the last reset."""
+    return _status("VmHWM:")
+
+
+def resident() -> int | None:
+    """Bytes that are resident now."""
+    return _status("VmRSS:")
+
+
+def _status(key: str) -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    line = next((line for line in status.splitlines() if line.startswith(key)), None)
     return None if line is None else 1024 * int(line.split()[1])
 
 
@@ -209,10 +273,13 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes elsewhere
     try:
         request = Request.model_validate_json(sys.stdin.read())
+        trace = MemoryTrace()
         runner = Runner(request, out)
         runner.load()
         if request.what == "all":
             runner.measure()
+            trace.stop()
+            out.write(json.dumps({"trace": {"seconds": trace.seconds, "bytes": trace.bytes}}) + "\n")
         out.write(json.dumps({"done": runner.backend.runtime}) + "\n")
     except MobileMMError as error:
         out.write(json.dumps({"error": str(error)}) + "\n")

@@ -21,6 +21,7 @@ from mobilemm.cli.inspect import inspect
 from mobilemm.cli.merge import merge
 from mobilemm.cli.pull import pull
 from mobilemm.cli.push import push
+from mobilemm.cli.report import report
 from mobilemm.cli.run import run
 from mobilemm.cli.train import train
 from mobilemm.cli.verify import verify
@@ -37,6 +38,7 @@ app.command()(export)
 app.command()(verify)
 app.command()(run)
 app.command()(bench)
+app.command()(report)
 app.command()(compare)
 app.command()(chat)
 app.command()(inspect)

@@ -71,6 +71,8 @@ class Parity(Strict):
     top1: float | None = None
     near_ties: float | None = None
     kl: float | None = None
+    # Of a decoder: the sums behind each layer in PyTorch with the quantized weights, against fp32's, in dB.
+    layers: list[float] | None = None
 
 
 class Part(Strict):
@@ -193,13 +195,17 @@ class Golden(Strict):
 
 
 class GoldenConversation(Strict):
-    """One whole conversation: a picture, a question, and the greedy answer that the bundle gave when made."""
+    """One whole conversation: a picture, a question, and the greedy answer that the bundle gave when made.
+
+    `pytorch_answer` is what the checkpoint itself said in fp32; None where it was too large to be asked.
+    """
 
     image: RelativePath | None
     prompt: Text
     input_ids: list[TokenId]
     answer_ids: list[TokenId]
     answer: Text
+    pytorch_answer: Text | None = None
 
 
 class File(Strict):

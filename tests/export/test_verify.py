@@ -19,6 +19,7 @@ from mobilemm.export.verify import (
     check,
     cosine,
     decoder_reference,
+    layer_decibels,
     measure,
     with_weights,
     worst_layers,
@@ -119,7 +120,7 @@ def test_below_its_floor_a_part_stops_the_export(
 ) -> None:
     failing = parity().model_copy(update=figures)
     with pytest.raises(MobileMMError) as raised:
-        check(part, bits, failing, lambda: ["layers.7 (3.1 dB)", "layers.2 (9.0 dB)"])
+        check(part, bits, failing, ["layers.7 (3.1 dB)", "layers.2 (9.0 dB)"])
     message = str(raised.value)
     assert all(piece in message for piece in pieces), message
     assert "; worst: layers.7 (3.1 dB), layers.2 (9.0 dB). Try" in message
@@ -180,6 +181,13 @@ def test_the_worst_layer_is_the_one_that_was_broken(
     noisy = {name: value.clone() for name, value in weights.items()}
     noisy[f"layers.{broken}.down.weight"] += 0.1 * torch.randn_like(noisy[f"layers.{broken}.down.weight"])
     quantized = with_weights(decoder, noisy)
-    found = worst_layers(part_of(decoder, weights), quantized, {"inputs_embeds": embeddings[:1]}, count=1)
+    sums: dict[str, Tensor] = {}
+    inputs = {"inputs_embeds": embeddings[:1]}
+    decoder_reference(part_of(decoder, weights), inputs, sums.__setitem__)
+    with layer_decibels(quantized, sums) as decibels, torch.no_grad():
+        quantized(embeddings[:1], EagerCache())
+    assert not sums
+    assert [decibel > 90 for decibel in decibels] == [broken == 1, False]
+    found = worst_layers(decibels, count=1)
     assert len(found) == 1
     assert found[0].startswith(f"layers.{broken} (")

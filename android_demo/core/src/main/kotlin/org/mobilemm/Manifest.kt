@@ -22,6 +22,8 @@ data class Parity(
     val top1: Double?,
     val nearTies: Double?,
     val kl: Double?,
+    /** Of a decoder: what is kept behind each of its layers, in dB. */
+    val layers: List<Double>?,
 )
 
 /** One exported part. [file] is what a runtime opens; [files] all that it consists of. */
@@ -109,6 +111,8 @@ data class GoldenConversation(
     val inputIds: List<Int>,
     val answerIds: List<Int>,
     val answer: String,
+    /** What the checkpoint itself said, in PyTorch. */
+    val pytorchAnswer: String?,
 )
 
 /** A file of the bundle. */

@@ -106,6 +106,15 @@ private class Fields(private val map: Map<String, Any?>, private val at: String)
 
     fun nullableDouble(name: String): Double? = if (!has(name) || map[name] == null) null.also { taken += name } else double(name)
 
+    fun nullableDoubles(name: String): List<Double>? =
+        if (!has(name) || map[name] == null) {
+            null.also { taken += name }
+        } else {
+            list(name) { value, at ->
+                (value as? Number)?.toDouble() ?: throw KeyFault(at, "must be a number, not ${shown(value)}")
+            }
+        }
+
     fun boolean(
         name: String,
         default: Boolean,
@@ -295,6 +304,7 @@ private fun parity(of: Fields) =
         top1 = of.nullableDouble("top1"),
         nearTies = of.nullableDouble("near_ties"),
         kl = of.nullableDouble("kl"),
+        layers = of.nullableDoubles("layers"),
     ).also { of.end() }
 
 private fun image(of: Fields) =
@@ -361,6 +371,7 @@ private fun conversation(of: Fields) =
         inputIds = of.tokens("input_ids"),
         answerIds = of.tokens("answer_ids"),
         answer = of.string("answer"),
+        pytorchAnswer = of.nullableString("pytorch_answer"),
     ).also { of.end() }
 
 private fun file(of: Fields) =

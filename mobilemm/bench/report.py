@@ -1,0 +1,154 @@
+"""Bundles and their benchmarks as one page that needs no network: sizes, parity, answers, speed, memory."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+from mobilemm import __version__
+from mobilemm.bench.charts import Bars, Lines, by_depth, over_time, question
+from mobilemm.bench.result import Result
+from mobilemm.bench.table import shown
+from mobilemm.errors import MobileMMError
+from mobilemm.runtime.bundle import Bundle
+from mobilemm.runtime.manifest import Manifest
+
+MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A question, the picture as a data address, and both answers."""
+
+    prompt: str
+    picture: str | None
+    answer: str
+    pytorch_answer: str | None
+
+
+@dataclass(frozen=True)
+class Described:
+    """One bundle on the page."""
+
+    label: str
+    manifest: Manifest
+    bytes: int
+    talks: tuple[Talk, ...]
+
+
+def write_report(bundles: Sequence[Bundle], results: Sequence[Result], path: Path) -> None:
+    """The page, whole or not at all. Raises MobileMMError when it cannot be written."""
+    text = report(bundles, results)
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise MobileMMError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def report(bundles: Sequence[Bundle], results: Sequence[Result]) -> str:
+    """The page's HTML. Everything is in it: styles, charts as SVG, pictures as data."""
+    from jinja2 import Environment, StrictUndefined
+
+    described = [_described(bundle, label) for bundle, label in zip(bundles, labels(bundles), strict=True)]
+    named = list(zip(_result_labels(results), results, strict=True))
+    template = files("mobilemm.bench").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        title=" · ".join(dict.fromkeys(bundle.manifest.model.name for bundle in bundles)),
+        version=__version__,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        bundles=described,
+        results=named,
+        megabytes=lambda size: f"{size / 1e6:,.1f} MB",
+        shown=shown,
+        sizes=_sizes(described),
+        layers=_layers(described),
+        waterfall=_waterfall(named),
+        depth=_depth(named),
+        memory=_memory(named),
+    )
+
+
+def labels(bundles: Sequence[Bundle]) -> list[str]:
+    """Short names: target and bits; with the folder's name where that is not enough."""
+    short = [
+        f"{one.manifest.target} {one.manifest.parts['decoder'].quantization.bits} bits" for one in bundles
+    ]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{name} ({bundle.folder.name})" for name, bundle in zip(short, bundles, strict=True)]
+
+
+def _result_labels(results: Sequence[Result]) -> list[str]:
+    short = [f"{one.bundle.target} {one.bundle.bits['decoder']} bits" for one in results]
+    return [
+        name if short.count(name) == 1 else f"{name} ({short[: index + 1].count(name)})"
+        for index, name in enumerate(short)
+    ]
+
+
+def _described(bundle: Bundle, label: str) -> Described:
+    talks = []
+    for talk in bundle.manifest.conversations:
+        picture = None
+        if talk.image is not None and (kind := MEDIA.get(Path(talk.image).suffix)):
+            data = base64.b64encode(bundle.path(talk.image).read_bytes()).decode()
+            picture = f"data:{kind};base64,{data}"
+        talks.append(Talk(talk.prompt, picture, talk.answer, talk.pytorch_answer))
+    size = sum(file.bytes for file in bundle.manifest.files)
+    return Described(label, bundle.manifest, size, tuple(talks))
+
+
+def _sizes(bundles: Sequence[Described]) -> str:
+    """By part; a program with all parts in it by what each takes in memory."""
+    rows = {}
+    for one in bundles:
+        parts = one.manifest.parts
+        sizes = {file.path: file.bytes for file in one.manifest.files}
+        owners: dict[str, list[str]] = {}
+        for name, part in parts.items():
+            for file in part.files:
+                owners.setdefault(file, []).append(name)
+        pieces: dict[str, float] = {}
+        for file, names in owners.items():
+            if len(names) == len(parts):
+                total = sum(part.peak_memory for part in parts.values()) or 1
+                shares = {name: part.peak_memory / total for name, part in parts.items()}
+            else:
+                shares = {" and ".join(names): 1.0}
+            for name, share in shares.items():
+                pieces[name] = pieces.get(name, 0.0) + sizes[file] * share / 1e6
+        pieces["tokenizer and others"] = one.bytes / 1e6 - sum(pieces.values())
+        rows[one.label] = pieces
+    return Bars(rows, "MB").svg()
+
+
+def _layers(bundles: Sequence[Described]) -> str | None:
+    lines = {}
+    for one in bundles:
+        parity = one.manifest.parts["decoder"].parity
+        if parity is not None and parity.layers:
+            lines[one.label] = [(float(index), value) for index, value in enumerate(parity.layers)]
+    return Lines(lines, "layer", "dB").svg() if lines else None
+
+
+def _waterfall(results: Sequence[tuple[str, Result]]) -> str | None:
+    return Bars({label: question(result) for label, result in results}, "ms").svg() if results else None
+
+
+def _depth(results: Sequence[tuple[str, Result]]) -> str | None:
+    lines = {label: points for label, result in results if (points := by_depth(result))}
+    return Lines(lines, "tokens before", "tokens a second").svg() if lines else None
+
+
+def _memory(results: Sequence[tuple[str, Result]]) -> str | None:
+    lines = {label: over_time(result.memory) for label, result in results if result.memory is not None}
+    return Lines(lines, "seconds", "MB", marks=False).svg() if lines else None
