@@ -130,9 +130,14 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """How each part's weights are stored. A part that is not named stays float32."""
+    """How each part's weights are stored. A part that is not named stays float32.
+
+    Attributes:
+        open_blocks: nobody asked for the language model's block size; a target may take one that suits it.
+    """
 
     parts: Mapping[str, PartPlan] = field(default_factory=dict)
+    open_blocks: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.parts) - set(PARTS)):
@@ -226,7 +231,8 @@ def make_plan(
             "decoder": PartPlan(decoder, tuple(exceptions)),
             "output_projector": encoder(generator, "--q-generator"),
             "generator": encoder(generator, "--q-generator"),
-        }
+        },
+        open_blocks=block_size is None,
     )
 
 

@@ -126,9 +126,14 @@ class ExecutorchTarget:
         return f"executorch {self.options} {versions}"
 
     def stores(self, plan: QuantizationPlan) -> QuantizationPlan:
-        """In float32 what is wanted in float16; 8-bit linear layers with one scale a row."""
+        """In float32 what is wanted in float16; 8-bit linear layers with one scale a row.
+
+        Where nobody asked for a block size, 4-bit groups are XNNPACK's smallest: scales above zero cost
+        accuracy that these win back. SmolLM2-135M on captions, KL to fp32 a position: 0.51 in blocks of 128,
+        0.29 in groups of 32.
+        """
         refuse_coreml_only(plan, "executorch")
-        return QuantizationPlan({name: _stored(name, plan.part(name)) for name in PARTS})
+        return QuantizationPlan({name: _stored(name, plan.part(name), plan.open_blocks) for name in PARTS})
 
     def write(self, part: Part, module: nn.Module, folder: Path) -> Exported:
         """Args:
@@ -248,7 +253,7 @@ class ExecutorchTarget:
         return manifest
 
 
-def _stored(part: str, plan: PartPlan) -> PartPlan:
+def _stored(part: str, plan: PartPlan, open_blocks: bool) -> PartPlan:
     def scheme(wanted: WeightScheme) -> WeightScheme:
         if wanted.bits == 6:
             raise MobileMMError(f"--target executorch: {part!r} in int6 is not possible; choose int4 or int8")
@@ -265,7 +270,8 @@ def _stored(part: str, plan: PartPlan) -> PartPlan:
                 f"--target executorch: 4-bit weights share a scale in groups of {GROUP} and its multiples:"
                 f" --block-size {GROUP}"
             )
-        return replace(wanted, positive=True, block_size=None if wanted.bits == 8 else wanted.block_size)
+        block = GROUP if open_blocks else wanted.block_size
+        return replace(wanted, positive=True, block_size=None if wanted.bits == 8 else block)
 
     default = scheme(plan.default)
     exceptions = tuple((pattern, scheme(wanted)) for pattern, wanted in plan.exceptions)

@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import ResidualNorm, RMSNorm
-from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, WeightScheme
+from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, WeightScheme, make_plan
 from mobilemm.export.quantizers import quantize
+from mobilemm.export.targets import find_target
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.pte import read_pte
@@ -156,6 +157,14 @@ def test_weights_that_cannot_be_expressed(scheme: WeightScheme, message: str) ->
     linear = QuantizedLinear(quantize(torch.randn(8, 64), scheme))
     with pytest.raises(MobileMMError, match=message):
         express(nn.Sequential(linear))
+
+
+def test_groups_are_small_unless_asked_otherwise() -> None:
+    target = find_target("executorch")
+    for asked, stored in ((None, 32), (128, 128), (64, 64)):
+        plan = target.stores(make_plan("int4", block_size=asked)).part("decoder")
+        assert plan.default.block_size == stored
+    assert target.stores(make_plan("int8")).part("decoder").default.block_size is None
 
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 128), (8, None)])
