@@ -16,6 +16,8 @@ from class_files import ClassFile, Member, read_class, read_jar
 PREFIX = "android/"
 LOAD = 1
 DYNAMIC_SYMBOLS = 11
+# The methods that every class and interface has.
+OBJECT = {"getClass", "hashCode", "equals", "clone", "toString", "notify", "notifyAll", "wait", "finalize"}
 
 
 class AndroidClasses:
@@ -36,8 +38,8 @@ class AndroidClasses:
         """Whether a class has a member, itself or from what it inherits."""
         found = self.find(owner)
         if found is None:
-            # What java.lang.Object has is not in this jar.
-            return owner.startswith("java/")
+            # Java's own classes are not in this jar. What Object has is known; others are believed.
+            return member[0] in OBJECT if owner == "java/lang/Object" else owner.startswith("java/")
         return member in found.members or any(self.has(parent, member) for parent in found.parents)
 
     def check(self, jars: Sequence[Path]) -> tuple[int, list[tuple[str, Member, set[str]]]]:

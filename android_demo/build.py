@@ -247,7 +247,7 @@ def resources() -> tuple[Path, Path]:
 
 
 def app_classes(r_jar: Path) -> Path:
-    classpath = [android_jar(), core(), r_jar, stdlib(), onnxruntime_android() / "classes.jar"]
+    classpath = [android_jar(), core(), r_jar, stdlib(), *resolve("onnxruntime")]
     return compile_kotlin("app", sources("app", "main"), classpath, *LENIENT, *ANDROIDS_JAVA)
 
 
