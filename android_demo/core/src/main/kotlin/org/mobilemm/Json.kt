@@ -61,8 +61,8 @@ private class Parser(private val text: String) {
         space()
         if (at >= text.length) fail("it ends early")
         return when (val char = text[at]) {
-            '{' -> nested(depth, ::members)
-            '[' -> nested(depth, ::elements)
+            '{' -> nested(depth) { members(it) }
+            '[' -> nested(depth) { elements(it) }
             '"' -> string()
             't' -> word("true", true)
             'f' -> word("false", false)
@@ -71,7 +71,7 @@ private class Parser(private val text: String) {
         }
     }
 
-    private fun <T> nested(
+    private inline fun <T> nested(
         depth: Int,
         read: (Int) -> T,
     ): T {

@@ -4,6 +4,7 @@ import org.junit.Assert.assertEquals
 import org.junit.Assert.assertTrue
 import org.junit.Test
 import java.awt.image.BufferedImage
+import java.awt.image.DataBufferByte
 import java.io.ByteArrayOutputStream
 import java.io.File
 import java.util.Random
@@ -17,8 +18,22 @@ class Computer : Device {
     override val memory = Runtime.getRuntime().maxMemory()
 
     override fun decode(encoded: ByteArray): Raster {
+        ImageIO.setUseCache(false)
         val image = ImageIO.read(encoded.inputStream())
-        return PixelRaster(image.width, image.height, image.getRGB(0, 0, image.width, image.height, null, 0, image.width))
+        // A JPEG's own bytes: getRGB asks the colour model for each pixel anew.
+        val bytes = (image.raster.dataBuffer as? DataBufferByte)?.data.takeIf { image.type == BufferedImage.TYPE_3BYTE_BGR }
+        val pixels =
+            if (bytes == null) {
+                image.getRGB(0, 0, image.width, image.height, null, 0, image.width)
+            } else {
+                IntArray(image.width * image.height) { index ->
+                    val at = 3 * index
+                    val red = bytes[at + 2].toInt() and 255
+                    val green = bytes[at + 1].toInt() and 255
+                    255 shl 24 or (red shl 16) or (green shl 8) or (bytes[at].toInt() and 255)
+                }
+            }
+        return PixelRaster(image.width, image.height, pixels)
     }
 
     override fun photograph(seed: Int): ByteArray {

@@ -69,7 +69,7 @@ class Chat(private val context: Context, private val models: Models) {
     // Of the worker's thread.
     private var backend: Backend? = null
     private var session: Session? = null
-    private var openName: String? = null
+    @Volatile private var openName: String? = null
 
     @Volatile private var running: Backend? = null
 
@@ -122,7 +122,8 @@ class Chat(private val context: Context, private val models: Models) {
             messages = before
             pending = waiting
         }) {
-            if (open()) answer(question, before)
+            open()
+            answer(question, before)
         }
     }
 
@@ -167,36 +168,24 @@ class Chat(private val context: Context, private val models: Models) {
         if (isBusy) return
         phase = Phase.Busy(R.string.checking)
         inBackground(failed = { done(null) }) {
-            val name = models.chosen
-            if (name == null) {
-                post { phase = Phase.Failed(context.getString(R.string.no_model)) }
-                post { done(null) }
-                return@inBackground
-            }
             close()
-            val bundle = Bundle.open(models.library.folder(name))
+            val bundle = Bundle.open(models.library.folder(chosen()))
             val passed = checked(bundle, report)
             post { done(passed) }
             idle()
         }
     }
 
-    private fun open(): Boolean {
+    private fun chosen() = models.chosen ?: throw MobileMMError(context.getString(R.string.no_model))
+
+    private fun open() {
         if (models.hasPacked()) {
             post { phase = Phase.Busy(R.string.unpacking) }
             models.unpack()
             post { phase = Phase.Busy(R.string.loading) }
         }
-        val name = models.chosen
-        if (name == null) {
-            close()
-            post { phase = Phase.Failed(context.getString(R.string.no_model)) }
-            return false
-        }
-        if (session != null && openName == name) {
-            idle()
-            return true
-        }
+        val name = chosen()
+        if (session != null && openName == name) return idle()
         close()
         val bundle = Bundle.open(models.library.folder(name))
         if (!models.isChecked(bundle)) {
@@ -211,7 +200,6 @@ class Chat(private val context: Context, private val models: Models) {
         session = Session(bundle, opened, Sampling(maxNewTokens = LONGEST_ANSWER), keepVision = hasRoom(bundle))
         openName = name
         idle()
-        return true
     }
 
     private fun checked(
@@ -258,6 +246,8 @@ class Chat(private val context: Context, private val models: Models) {
             if (stopping) throw MobileMMError(context.getString(R.string.stopped))
             session.stream(question.text) { piece ->
                 text += piece
+                // A stop that came before the session had begun.
+                if (stopping) running?.cancel()
                 val soFar = text
                 val stats = session.stats!!
                 val tokens = stats.newTokens

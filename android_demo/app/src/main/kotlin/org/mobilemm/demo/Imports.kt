@@ -61,6 +61,8 @@ class Imports(private val models: Models, private val chat: Chat) {
                         { cancelled },
                     )
                 models.chosen = bundle.folder.name
+                // One of the same name may have been open.
+                chat.release()
                 main.post { state = State.Done(bundle.folder.name) }
             } catch (error: MobileMMError) {
                 main.post { state = State.Failed(error.message ?: "") }

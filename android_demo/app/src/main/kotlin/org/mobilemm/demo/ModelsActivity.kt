@@ -87,8 +87,13 @@ open class ModelsActivity : Activity() {
 
     private fun show() {
         val list = findViewById<LinearLayout>(R.id.list)
-        list.removeAllViews()
-        for (name in app.models.library.names()) list.addView(row(name))
+        val names = app.models.library.names()
+        val shown = names to app.models.chosen
+        if (list.tag != shown || imports.state is Imports.State.Done) {
+            list.tag = shown
+            list.removeAllViews()
+            for (name in names) list.addView(row(name))
+        }
         val state = imports.state
         findViewById<TextView>(R.id.status).text =
             when (state) {
@@ -100,7 +105,7 @@ open class ModelsActivity : Activity() {
                     }
                 is Imports.State.Done -> getString(R.string.imported, state.name)
                 is Imports.State.Failed -> state.message
-                Imports.State.Idle -> if (app.models.library.names().isEmpty()) getString(R.string.no_model) else ""
+                Imports.State.Idle -> if (names.isEmpty()) getString(R.string.no_model) else ""
             }
         val running = state as? Imports.State.Running
         val progress = findViewById<ProgressBar>(R.id.progress)

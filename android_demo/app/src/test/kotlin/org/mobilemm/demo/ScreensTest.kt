@@ -144,15 +144,17 @@ class ScreensTest {
 
     @Test fun `the bundle that the app brings is unpacked, checked and used`() {
         File(folder, "mobilemm-default").deleteRecursively()
-        // The test's assets hold one; without it there is nothing to unpack.
-        val controller = Robolectric.buildActivity(ChatActivity::class.java).setup()
-        until("the start") { !app.chat.isBusy }
-        if (app.assets.list("")!!.contains("bundle.files")) {
-            assertEquals(listOf("mobilemm-default"), app.models.library.names())
-            assertEquals(Phase.Idle, app.chat.phase)
-        } else {
-            assertEquals(app.getString(R.string.no_model), controller.get().status())
-        }
+        val activity = chat().get()
+        assertEquals(activity.status(), Phase.Idle, app.chat.phase)
+        assertEquals(listOf("mobilemm-default"), app.models.library.names())
+        Bundle.open(File(folder, "mobilemm-default"))
+        // Once deleted, it does not come back by itself.
+        app.models.library.delete("mobilemm-default")
+        app.chat.release()
+        activity.ask("Hello?")
+        until("the answer that there is no model") { app.chat.phase is Phase.Failed }
+        assertEquals(app.getString(R.string.no_model), activity.status())
+        assertEquals(listOf(app.getString(R.string.welcome)), activity.texts())
     }
 
     @Test fun `an answer goes on while the screen is rotated, and can be stopped`() {
