@@ -468,12 +468,17 @@ def test_app(arguments: argparse.Namespace) -> None:
     shutil.rmtree(settings, ignore_errors=True)
     (settings / "com" / "android" / "tools").mkdir(parents=True)
     (settings / "assets").mkdir()
-    (settings / "assets" / "bundle").symlink_to(arguments.bundle.resolve(), target_is_directory=True)
-    (settings / "assets" / "bundle.files").write_text("\n".join(bundle_files(arguments.bundle)))
+    # Android reads assets out of the APK, and so does Robolectric.
+    packed = settings / "app.apk"
+    shutil.copy(base, packed)
+    with zipfile.ZipFile(packed, "a") as archive:
+        for file in bundle_files(arguments.bundle):
+            archive.write(arguments.bundle / file, f"assets/bundle/{file}")
+        archive.writestr("assets/bundle.files", "\n".join(bundle_files(arguments.bundle)))
     (settings / "com" / "android" / "tools" / "test_config.properties").write_text(
         f"android_merged_manifest={base.with_name('AndroidManifest.xml')}\n"
         f"android_merged_assets={settings / 'assets'}\n"
-        f"android_resource_apk={base}\n"
+        f"android_resource_apk={packed}\n"
         f"android_custom_package={PACKAGE}\n"
     )
     for path in resolve("android-all-instrumented", without=["*:*"]):
