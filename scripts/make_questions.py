@@ -2,7 +2,7 @@
 
     python scripts/make_questions.py data/pairs data/questions
 
-`text.jsonl` holds questions without pictures and what SmolLM2 itself once answered, so that it keeps its tone.
+`text.jsonl` holds questions without pictures and what SmolLM2 itself answered: it shall keep its tone.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class Mixture(Dataset):  # type: ignore[type-arg]
             row = scanned.rows[(place + further) % len(scanned.rows)]
             try:
                 sample = scanned.source.sample(row, random.Random(f"{self.seed}-{position}"))
-                return self._item(encode(self.processor, sample, self.max_length))
+                return self._encoded(sample)
             except MobileMMError as error:
                 reason = str(error)
                 self.skipped[reason] += 1
@@ -164,6 +164,14 @@ class Mixture(Dataset):  # type: ignore[type-arg]
         scanned = self.sources[index]
         return scanned.source.sample(scanned.rows[place], random.Random(f"{self.seed}-{position}"))
 
+    def _encoded(self, sample: Sample) -> dict[str, Any]:
+        encoded = encode(self.processor, sample, self.max_length)
+        if sample.rejected is None:
+            return self._item(encoded)
+        messages = (*sample.messages[:-1], {"role": "assistant", "content": sample.rejected})
+        rejected = encode(self.processor, replace(sample, messages=messages), self.max_length)
+        return self._item(last_answer(encoded)) | {"rejected": self._item(last_answer(rejected))}
+
     def _item(self, encoded: Encoded) -> dict[str, Any]:
         item: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         if encoded.images and self.features is not None:
@@ -174,6 +182,17 @@ class Mixture(Dataset):  # type: ignore[type-arg]
                 "pixel_values"
             ]
         return item
+
+
+def last_answer(encoded: Encoded) -> Encoded:
+    """With nothing supervised but the last answer."""
+    labels = encoded.labels
+    end = max(place for place, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+    start = end
+    while start and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    kept = [label if start <= place < end else IGNORE_INDEX for place, label in enumerate(labels)]
+    return replace(encoded, labels=kept)
 
 
 def encode(processor: Any, sample: Sample, max_length: int) -> Encoded:
@@ -198,8 +217,12 @@ def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[s
     """Items of a Mixture → a batch, padded on the right; pictures of all samples one after the other.
 
     `logits_to_keep` are the positions behind which something is supervised in any sample: the head, a large
-    part of a small model, runs on these alone.
+    part of a small model, runs on these alone. Pairs of answers become a batch of all that were chosen and
+    then all that were rejected.
     """
+
+    if "rejected" in items[0]:
+        items = [*items, *(item["rejected"] for item in items)]
 
     def padded(name: str, filler: int) -> Tensor:
         rows = [torch.tensor(item[name], dtype=torch.long) for item in items]

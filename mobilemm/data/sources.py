@@ -12,7 +12,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ class UnusableRowError(MobileMMError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation to learn from. A part {"type": "image", "image": …} holds a path or encoded bytes."""
+    """A conversation to learn from. A part {"type": "image", "image": …} holds a path or encoded bytes.
+
+    `rejected` is a worse answer than the last one, for preference tuning.
+    """
 
     messages: tuple[Message, ...]
     name: str
+    rejected: str | None = None
 
     @property
     def images(self) -> list[Path | bytes]:
@@ -94,6 +98,7 @@ def open_source(
 
     `llava`: a JSON list of {"conversations": [{"from", "value"}], "image"?: path or list of paths}.
     `messages`: a JSON list, or JSON lines, of {"messages": [{"role", "content"}], "images"?: [paths]}.
+    `preferences`: such rows with "rejected", a text that is a worse answer than the last message.
     `hf`: the same as columns, a `datasets` folder (save_to_disk) or a Parquet file; images may be bytes.
     `folder`: pictures, each with its caption in NAME.txt beside it, or in metadata.jsonl (`file_name`, `text`).
     `pairs`: a folder of scripts/fetch_pairs.py, of which `split` is taken.
@@ -105,6 +110,10 @@ def open_source(
         return SampleSource(str(path), _json_rows(path), lambda row, name, _: _from_llava(row, name, root))
     if format == "messages":
         return SampleSource(str(path), _json_rows(path), lambda row, name, _: _from_messages(row, name, root))
+    if format == "preferences":
+        return SampleSource(
+            str(path), _json_rows(path), lambda row, name, _: _from_preferences(row, name, root)
+        )
     if format == "hf":
         return SampleSource(str(path), _columns(path), lambda row, name, _: _from_messages(row, name, root))
     if format == "pairs":
@@ -112,7 +121,7 @@ def open_source(
     elif format == "folder":
         rows = _captioned_pictures(path)
     else:
-        raise MobileMMError(f"unknown format of data {format!r}; known: llava, messages, hf, folder, pairs")
+        raise MobileMMError(f"unknown format of data {format!r}; known: llava, messages, preferences, hf, folder, pairs")
 
     def caption(row: tuple[str, str], name: str, draw: random.Random) -> Sample:
         content = [
@@ -279,6 +288,16 @@ def _from_messages(row: Any, name: str, root: Path) -> Sample:
     if marks < len(given):
         raise UnusableRowError(f"more images than {IMAGE_MARK}")
     return Sample(tuple(messages), name)
+
+
+def _from_preferences(row: Any, name: str, root: Path) -> Sample:
+    sample = _from_messages(row, name, root)
+    rejected = row.get("rejected")
+    if not isinstance(rejected, str) or not rejected.strip():
+        raise UnusableRowError("no text 'rejected'")
+    if sample.messages[-1]["role"] != "assistant":
+        raise UnusableRowError("a last message that is no answer")
+    return replace(sample, rejected=rejected)
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:

@@ -65,9 +65,10 @@ class Parts(_Section):
 class Source(_Section):
     """A set of samples and how often it is drawn from."""
 
-    format: Literal["llava", "messages", "hf", "folder", "pairs"] = Field(
+    format: Literal["llava", "messages", "hf", "preferences", "folder", "pairs"] = Field(
         description="LLaVA's JSON; a JSON list or lines of `messages` and `images`; a datasets folder or"
-        " Parquet file of such columns; pictures with captions beside them; what scripts/fetch_pairs.py makes"
+        " Parquet file of such columns; `messages` with `rejected`, a worse last answer; pictures with"
+        " captions beside them; what scripts/fetch_pairs.py makes"
     )
     path: Path
     images: Path | None = Field(default=None, description="folder of the image paths; else the file's")
@@ -80,12 +81,21 @@ class Source(_Section):
     )
 
 
+class Preferences(_Section):
+    """Preference tuning instead of the likelihood of the answers."""
+
+    loss: Literal["dpo", "ipo"] = "dpo"
+    beta: float = Field(gt=0, default=0.1, description="how far the model may leave what it was")
+    sft_weight: float = Field(ge=0, default=0.0, description="of the chosen answer's likelihood beside it")
+
+
 class Recipe(_Section):
     """One stage of training. The YAML file has the same keys."""
 
     output: Path = Field(description="folder of checkpoints, logs and the result")
     data: list[Source] = Field(min_length=1)
     train: Parts
+    preferences: Preferences | None = Field(default=None, description="what is learned from pairs of answers")
     model: str | None = Field(default=None, description="folder or hub id; left out, the default model")
     new_projector: bool = Field(default=False, description="start from a projector initialized anew")
     template: str | None = Field(default=None, description="conversation template instead of the model's")
@@ -119,6 +129,11 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if self.cache_features and self.train.vision_encoder.learning_rate:
             raise ValueError("cache_features: features can be kept only when train.vision_encoder is 0")
+        for number, source in enumerate(self.data):
+            if (source.format == "preferences") != (self.preferences is not None):
+                raise ValueError(
+                    f"data.{number}.format: preferences, and no other, are learned with the key 'preferences'"
+                )
         return self
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from mobilemm.training.checkpoints import begin, clean, last_checkpoint
 from mobilemm.training.features import FeatureCache
 from mobilemm.training.parts import PartCount, half_precision, select_trained, trained_parameters
 from mobilemm.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mobilemm.training.preferences import PreferenceObjective
 
 # Keys that may change while a run is broken off: none of them decides what is learned.
 FREE_KEYS = frozenset(
@@ -44,6 +47,7 @@ class Stage:
     parts: list[PartCount]
     sources: list[ScannedSource]
     step_size: int
+    objective: PreferenceObjective | None = None
     features: FeatureCache | None = None
 
 
@@ -88,6 +92,11 @@ def prepare(recipe: Recipe, report: Callable[[str], None] = print) -> Stage:
     torch.manual_seed(recipe.seed)
     if recipe.new_projector:
         model.projector = new_projector(model.config, model.vision_encoder)
+    objective = None
+    if recipe.preferences is not None:
+        from mobilemm.training.preferences import PreferenceObjective
+
+        objective = PreferenceObjective(model, recipe.preferences)
     parts = select_trained(model, recipe.train)
     if recipe.precision == "bfloat16":
         half_precision(model, torch.bfloat16)
@@ -97,7 +106,7 @@ def prepare(recipe: Recipe, report: Callable[[str], None] = print) -> Stage:
             report(f"{source.source.name}: {count} of {len(source.source)} rows left out: {reason}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     step_size = recipe.batch_size * recipe.accumulation * processes
-    return Stage(recipe, model, processor, parts, sources, step_size)
+    return Stage(recipe, model, processor, parts, sources, step_size, objective)
 
 
 def check(recipe: Recipe, report: Callable[[str], None] = print) -> Forecast:
@@ -166,6 +175,7 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
         arguments,
         mixture,
         partial(collate, pad_token_id=pad),
+        stage.objective,
     )
     shown = _samples(mixture, recipe.show_samples)
     if "tensorboard" in recipe.report_to:
@@ -240,7 +250,8 @@ def _keep_features(stage: Stage, report: Callable[[str], None]) -> None:
             report(f"encoding pictures: {done:,} of {total:,}")
 
     if images:
-        with PartialState().main_process_first():
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        with PartialState(cpu=several and not torch.cuda.is_available()).main_process_first():
             features = FeatureCache(
                 Path(stage.recipe.output) / "features", stage.model, stage.processor, images, told
             )

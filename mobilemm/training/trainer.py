@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +22,15 @@ from mobilemm.training.recipe import Recipe
 
 TRAINED = "trained.safetensors"
 
-Objective = Callable[..., Tensor]
-"""(the model as wrapped, a batch, num_items_in_batch) → loss."""
+
+class Objective(Protocol):
+    """A loss other than the likelihood of the answers."""
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """(the model as wrapped for the run, a batch) → the pass's mean loss."""
+
+    def pop_metrics(self) -> dict[str, float]:
+        """What else is to be logged, since the last call."""
 
 
 class PartsTrainer(Trainer):
@@ -57,6 +63,8 @@ class PartsTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **options
         )
         self.remove_callback(PrinterCallback)
+        if objective is not None:
+            self.loss_is_scaled_for_ga = False  # a mean over the pass: the passes of a step are averaged
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the parts' own learning rates."""
@@ -80,7 +88,13 @@ class PartsTrainer(Trainer):
         self.tokens_seen += int(inputs["attention_mask"].sum()) * self.args.world_size
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self.objective(model, inputs, num_items_in_batch)
+        return self.objective(model, inputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer does, with what the objective has to say."""
+        if self.objective is not None and "loss" in logs:
+            logs |= self.objective.pop_metrics()
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)

@@ -270,19 +270,13 @@ def official_v1_labels(slow: SlowTokenizer, ids: list[int], turns: list[tuple[st
     return labels
 
 
-@pytest.mark.parametrize("images", [0, 1, 2])
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_v1_mask(processor: MobileMMProcessor, sentencepiece_model: bytes, images: int, turns: int) -> None:
-    slow = SlowTokenizer(sentencepiece_model, legacy=True)
-    said = [
-        ("What is this?", "A cat."),
-        ("Which one is red?", "The second."),
-        ("USER: x?", "ASSISTANT: é漢 7"),
-    ]
+def check_v1_mask(
+    processor: MobileMMProcessor, slow: SlowTokenizer, said: list[tuple[str, str, int]]
+) -> None:
+    """Ids and labels of a conversation of (question, answer, images in front of the question)."""
     messages = []
     official = []
-    for index, (question, answer) in enumerate(said[:turns]):
-        count = images if index == 0 else 0
+    for question, answer, count in said:
         messages += [user(question, count), assistant(answer)]
         official.append(("<image>\n" * count + question, answer))
     prompt = f"{SYSTEM} " + "".join(
@@ -293,6 +287,49 @@ def test_v1_mask(processor: MobileMMProcessor, sentencepiece_model: bytes, image
     assert labels == official_v1_labels(slow, ids, official)
     answers = [processor.tokenizer.decode(run) for run in runs(labels)]
     assert answers == [f"{answer}</s>" for _, answer in official]
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_v1_mask(processor: MobileMMProcessor, sentencepiece_model: bytes, images: int, turns: int) -> None:
+    said = [
+        ("What is this?", "A cat.", images),
+        ("Which one is red?", "The second.", 0),
+        ("USER: x?", "ASSISTANT: é漢 7", 0),
+    ]
+    check_v1_mask(processor, SlowTokenizer(sentencepiece_model, legacy=True), said[:turns])
+
+
+def test_v1_mask_of_200_generated_conversations(
+    processor: MobileMMProcessor, sentencepiece_model: bytes
+) -> None:
+    slow = SlowTokenizer(sentencepiece_model, legacy=True)
+    draw = random.Random(0)
+    words = [
+        "What",
+        "is",
+        "this",
+        "a",
+        "cat?",
+        "red,",
+        "USER:",
+        "ASSISTANT:",
+        "é漢",
+        "7",
+        "(x)",
+        "yes.",
+        "No\nline",
+    ]
+    for _ in range(200):
+        said = [
+            (
+                " ".join(draw.choices(words, k=draw.randint(1, 12))),
+                " ".join(draw.choices(words, k=draw.randint(1, 12))),
+                draw.choice((0, 0, 1, 2)) if turn == 0 else 0,
+            )
+            for turn in range(draw.randint(1, 5))
+        ]
+        check_v1_mask(processor, slow, said)
 
 
 def runs(labels: list[int]) -> list[list[int]]:
