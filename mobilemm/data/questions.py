@@ -113,7 +113,7 @@ def _colour(caption: str) -> tuple[str, str] | None:
 
 
 def _kind(pair: Pair) -> tuple[str, str] | None:
-    for keyword in pair.keywords[:2]:
+    for keyword in reversed(pair.keywords[:2]):  # the narrower one comes second
         for beginning, kind in KINDS.items():
             if keyword.startswith(beginning):
                 return "What kind of thing is this?", kind.capitalize()
