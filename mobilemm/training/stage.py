@@ -29,6 +29,7 @@ from mobilemm.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from mobilemm.training.preferences import PreferenceObjective
+    from mobilemm.training.prefix import SharedPrefix
 
 # Keys that may change while a run is broken off: none of them decides what is learned.
 FREE_KEYS = frozenset(
@@ -176,6 +177,7 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
         mixture,
         partial(collate, pad_token_id=pad),
         stage.objective,
+        _shared_prefix(stage, mixture),
     )
     shown = _samples(mixture, recipe.show_samples)
     if "tensorboard" in recipe.report_to:
@@ -263,6 +265,18 @@ def _keep_features(stage: Stage, report: Callable[[str], None]) -> None:
                 f"{next(iter(features.unreadable.values()))}"
             )
         stage.features = features
+
+
+def _shared_prefix(stage: Stage, mixture: Mixture) -> SharedPrefix | None:
+    """What all prompts begin with, where it can be run once and for all."""
+    from mobilemm.training.prefix import SharedPrefix, common_prefix
+
+    learns = stage.recipe.train.language_model.learning_rate > 0
+    # Checkpointing runs layers a second time, and would add to the cache what is there already.
+    if learns or stage.objective is not None or stage.recipe.activation_checkpointing:
+        return None
+    ids = common_prefix(mixture, stage.processor.image_token_id)
+    return SharedPrefix(stage.model.language_model, ids) if ids else None
 
 
 def _tensorboard(folder: Path) -> Any:

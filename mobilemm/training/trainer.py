@@ -18,6 +18,7 @@ from mobilemm.errors import MobileMMError, one_line
 from mobilemm.models.modeling import MobileMMForConditionalGeneration
 from mobilemm.training.checkpoints import WRITING, clean, last_checkpoint, put_in_place
 from mobilemm.training.parts import PARTS, optimizer_groups, trained_parameters
+from mobilemm.training.prefix import SharedPrefix
 from mobilemm.training.recipe import Recipe
 
 TRAINED = "trained.safetensors"
@@ -49,11 +50,13 @@ class PartsTrainer(Trainer):
         train_dataset: Mixture,
         data_collator: Any,
         objective: Objective | None = None,
+        prefix: SharedPrefix | None = None,
         **options: Any,
     ) -> None:
         self.recipe = recipe
         self.run_folder = Path(recipe.output)
         self.objective: Objective | None = objective
+        self.prefix = prefix
         self.tokens_seen = 0
         learning = {name.split(".")[0] for name in trained_parameters(model)}
         self._still = [
@@ -86,6 +89,8 @@ class PartsTrainer(Trainer):
         for part in self._still:
             part.eval()
         self.tokens_seen += int(inputs["attention_mask"].sum()) * self.args.world_size
+        if self.prefix is not None:
+            inputs = self.prefix.take_off(inputs)
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self.objective(model, inputs)
