@@ -194,5 +194,7 @@ def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
         label_names=["labels"],
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
+        # Without this, processes without GPUs would each train alone.
+        use_cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
         seed=recipe.seed,
     )

@@ -28,7 +28,6 @@ def _process(recipe: Recipe, rank: int, port: int) -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
     train(recipe, lambda line: None)
