@@ -1,4 +1,4 @@
-"""Training data in the order in which it is learned: several sources mixed, planned ahead, encoded when needed.
+"""Training data in the order in which it is learned: sources mixed, planned ahead, encoded when needed.
 
 The whole run's order follows from the seed alone, sample by sample, so that a run can go on anywhere without
 having read what lies before, and several processes see together what one would.
@@ -87,8 +87,9 @@ def plan(
 ) -> np.ndarray:
     """The order of a whole run: (steps × step_size, 2) of source and place among its rows.
 
-    As many steps as `epochs` take, or `max_steps` where given. In an epoch each source gives `weight` times its rows, in an order that only seed and epoch decide. Epochs
-    follow each other without a gap, and the last step is whole.
+    As many steps as `epochs` take, or `max_steps` where given. In an epoch each source gives `weight` times
+    its rows, in an order that only seed and epoch decide. Epochs follow each other without a gap, and the last
+    step is whole.
     """
     per_epoch = sum(max(1, round(source.weight * len(source.rows))) for source in sources)
     steps = max_steps or max(1, round(epochs * per_epoch / step_size))

@@ -1,4 +1,4 @@
-"""Questions with short answers about captioned drawings: is this a …, what colour, what kind of thing, how many.
+"""Questions with short answers about captioned drawings: is this a …, what colour, what kind, how many.
 
 They follow from captions, keywords and groups by templates alone, in the words in which `mobilemm eval` asks.
 """
@@ -55,8 +55,8 @@ _PLACES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2
 def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0) -> dict[str, int]:
     """Rows of questions about the training split of a folder of pairs, in the format `messages`.
 
-    `about.jsonl`: two or three questions about each picture of `pairs`, among them one whose answer is yes and
-    one whose answer is no; its image paths start in `pairs`. `count.jsonl`: how many things there are, on
+    `about.jsonl`: two or three questions about each picture of `pairs`, among them one whose answer is yes
+    and one whose answer is no; its image paths start in `pairs`. `count.jsonl`: how many things there are, on
     pictures made here of one to five copies. The same pairs and seed give the same rows; the folder appears
     when it is whole. Returns the number of rows of each. Raises MobileMMError when the folder exists.
     """

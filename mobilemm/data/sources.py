@@ -1,8 +1,8 @@
 """Sets of training samples, whatever their format: conversations of text and pictures, read row by row.
 
 A row that cannot be used (a picture that is missing or leaves its folder, marks without pictures, an unknown
-role, an empty answer) is told with its reason, so that it can be counted; only a file that is no such set at all
-is an error.
+role, an empty answer) is told with its reason, so that it can be counted; only a file that is no such set at
+all is an error.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SampleSource:
     Args:
         name: for people, as in reports.
         rows: one object a sample, in whatever form `convert` takes.
-        convert: a row, its name and a random generator → sample; raises UnusableRowError for a row without use.
+        convert: a row, its name and a random generator → sample; raises UnusableRowError for a useless row.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ def open_source(
     `messages`: a JSON list, or JSON lines, of {"messages": [{"role", "content"}], "images"?: [paths]}.
     `preferences`: such rows with "rejected", a text that is a worse answer than the last message.
     `hf`: the same as columns, a `datasets` folder (save_to_disk) or a Parquet file; images may be bytes.
-    `folder`: pictures, each with its caption in NAME.txt beside it, or in metadata.jsonl (`file_name`, `text`).
+    `folder`: pictures, each with its caption in NAME.txt, or in metadata.jsonl (`file_name`, `text`).
     `pairs`: a folder of scripts/fetch_pairs.py, of which `split` is taken.
 
     Raises MobileMMError when the file is missing, ends early or is of another format.
@@ -121,7 +121,9 @@ def open_source(
     elif format == "folder":
         rows = _captioned_pictures(path)
     else:
-        raise MobileMMError(f"unknown format of data {format!r}; known: llava, messages, preferences, hf, folder, pairs")
+        raise MobileMMError(
+            f"unknown format of data {format!r}; known: llava, messages, preferences, hf, folder, pairs"
+        )
 
     def caption(row: tuple[str, str], name: str, draw: random.Random) -> Sample:
         content = [
