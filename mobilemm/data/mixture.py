@@ -88,7 +88,7 @@ def plan(
     """The order of a whole run: (steps × step_size, 2) of source and place among its rows.
 
     As many steps as `epochs` take, or `max_steps` where given. In an epoch each source gives `weight` times
-    its rows, in an order that only seed and epoch decide. Epochs follow each other without a gap, and the last
+    its rows, in an order that only seed and epoch decide. Epochs follow each other without a gap; the last
     step is whole.
     """
     per_epoch = sum(max(1, round(source.weight * len(source.rows))) for source in sources)
