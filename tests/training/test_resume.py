@@ -41,9 +41,11 @@ def _silent(line: str) -> None:
     pass
 
 
-def _in_a_process(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
-    """A fork: it has imported everything already."""
-    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+def _in_a_process(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    """A fork of a server that has imported everything and computed nothing: autograd's threads bear none."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mobilemm.training.stage", "mobilemm.training.trainer", __name__])
+    process = context.Process(target=work, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -64,12 +66,7 @@ def test_twenty_kills_change_nothing(make_recipe: Callable[..., Recipe], tmp_pat
     kills, cut_short = 0, 0
     while kills < KILLS:
         before = last_checkpoint(broken.output)
-
-        def until_killed(kills: int = kills, before: Path | None = before) -> None:
-            threading.Thread(target=_kill, args=(broken.output, kills, before), daemon=True).start()
-            train(broken, _silent)
-
-        process = _in_a_process(until_killed)
+        process = _in_a_process(_until_killed, broken, kills, before)
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed often enough"
         kills += 1
@@ -92,6 +89,12 @@ def test_twenty_kills_change_nothing(make_recipe: Callable[..., Recipe], tmp_pat
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def _until_killed(recipe: Recipe, kills: int, before: Path | None) -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_kill, args=(recipe.output, kills, before), daemon=True).start()
+    train(recipe, _silent)
+
+
 def _kill(run: Path, kills: int, before: Path | None) -> None:
     """Ends this very process: half the times while a checkpoint is written, where something could be spoiled,
     else some steps after one."""
@@ -110,24 +113,22 @@ def _kill(run: Path, kills: int, before: Path | None) -> None:
 
 def test_a_full_disk_leaves_no_half_checkpoint(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     said = tmp_path / "said"
-
-    def write_too_much() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            train(
-                make_recipe(train={"projector": 1e-2, "language_model": 1e-2}, output=tmp_path / "run"),
-                _silent,
-            )
-        except MobileMMError as error:
-            said.write_text(str(error))
-
-    process = _in_a_process(write_too_much)
+    recipe = make_recipe(train={"projector": 1e-2, "language_model": 1e-2}, output=tmp_path / "run")
+    process = _in_a_process(_write_too_much, recipe, said)
     process.join()
     assert "checkpoint-2: could not be written" in said.read_text()
     assert "is the disk full?" in said.read_text()
     assert last_checkpoint(tmp_path / "run") is None
     assert not (tmp_path / "run" / ".writing").exists()
+
+
+def _write_too_much(recipe: Recipe, said: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        train(recipe, _silent)
+    except MobileMMError as error:
+        said.write_text(str(error))
 
 
 def test_a_run_goes_on_only_as_it_began(make_recipe: Callable[..., Recipe]) -> None:
