@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -244,3 +244,9 @@ def _public(version: str) -> str:
 
 def _pinned(name: str, tested: dict[str, str]) -> str:
     return f"{name}=={tested[name]}" if name in tested else name
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are there, for records of what was computed by what."""
+    found = {package: _version(package) for package in packages}
+    return {package: version for package, version in found.items() if version is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,9 +11,8 @@ from pathlib import Path
 
 from mobilemm import __version__
 from mobilemm.bench.charts import Bars, Lines, by_depth, over_time, question
-from mobilemm.bench.result import Result
+from mobilemm.bench.result import Result, write_whole
 from mobilemm.bench.table import shown
-from mobilemm.errors import MobileMMError
 from mobilemm.runtime.bundle import Bundle
 from mobilemm.runtime.manifest import Manifest
 
@@ -43,14 +41,7 @@ class Described:
 
 def write_report(bundles: Sequence[Bundle], results: Sequence[Result], path: Path) -> None:
     """The page, whole or not at all. Raises MobileMMError when it cannot be written."""
-    text = report(bundles, results)
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise MobileMMError(f"{path}: cannot be written ({error.strerror})") from error
+    write_whole(report(bundles, results), path)
 
 
 def report(bundles: Sequence[Bundle], results: Sequence[Result]) -> str:

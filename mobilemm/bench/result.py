@@ -146,7 +146,13 @@ class Result(Strict):
 
 def write_results(results: Sequence[Result], path: Path) -> None:
     """A JSON list, whole or not at all. Raises MobileMMError when it cannot be written."""
-    text = json.dumps([result.model_dump() for result in results], indent=1, ensure_ascii=False) + "\n"
+    write_whole(
+        json.dumps([result.model_dump() for result in results], indent=1, ensure_ascii=False) + "\n", path
+    )
+
+
+def write_whole(text: str, path: Path) -> None:
+    """A text, whole or not at all. Raises MobileMMError when it cannot be written."""
     draft = path.with_name(f".{path.name}.part")
     try:
         draft.write_text(text, encoding="utf-8")

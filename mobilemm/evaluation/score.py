@@ -8,12 +8,12 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mobilemm.doctor import installed
 from mobilemm.evaluation.scorers import Scorer
 from mobilemm.evaluation.tasks import Item, read_task
 
@@ -113,7 +113,7 @@ def evaluate(
         }.get(task, "least negative log-likelihood a token"),
         limit=limit,
         seed=seed,
-        versions=_versions(),
+        versions=installed(PACKAGES),
     )
 
 
@@ -146,13 +146,3 @@ def _yes_no(taken: Sequence[int], items: Sequence[Item]) -> dict[str, float]:
 def _picture(item: Item) -> str | os.PathLike[str]:
     assert item.picture is not None
     return item.picture
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -81,19 +81,19 @@ def _item(task: str, row: Any, folder: Path, where: str) -> Item:
         if answer not in ("yes", "no"):
             raise MobileMMError(f"{where}: 'answer' must be yes or no")
         return Item(folder / image, question, ("Yes", "No"), int(answer == "no"))
-    is_index = isinstance(answer, int) and not isinstance(answer, bool)
     if choices is not None or task == "multiple-choice":
         if (
             not isinstance(choices, list)
             or len(choices) < 2
             or not all(isinstance(choice, str) and choice for choice in choices)
-            or not is_index
-            or not 0 <= answer < len(choices)  # type: ignore[operator]  # is_index says that it is a number
+            or not isinstance(answer, int)
+            or isinstance(answer, bool)
+            or not 0 <= answer < len(choices)
         ):
             raise MobileMMError(f"{where}: two or more texts 'choices' and an index 'answer' are expected")
         if task == "multiple-choice":
-            return Item(folder / image, question, tuple(choices), answer)  # type: ignore[arg-type]
-        return Item(folder / image, question, (choices[answer],))  # type: ignore[index]
+            return Item(folder / image, question, tuple(choices), answer)
+        return Item(folder / image, question, (choices[answer],))
     right = row.get("answers", [answer])
     if not isinstance(right, list) or not right or not all(isinstance(text, str) and text for text in right):
         raise MobileMMError(f"{where}: 'answers', a list of texts, or a text 'answer' is expected")

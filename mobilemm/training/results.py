@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from mobilemm.doctor import installed
 from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints.reading import DEFAULT_MODEL, load
 from mobilemm.models.checkpoints.writing import save
@@ -43,7 +43,7 @@ def write_result(
     else:
         save(model, place, processor, layout="mobilemm")
     loss = [[row["step"], row["loss"]] for row in history if "loss" in row]
-    result = {"recipe": recipe.model_dump(mode="json"), "versions": versions(), "loss": loss}
+    result = {"recipe": recipe.model_dump(mode="json"), "versions": installed(PACKAGES), "loss": loss}
     (run / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return place
 
@@ -94,14 +94,3 @@ def merge(adapter: Path, folder: Path, base: str | None = None) -> Path:
         raise MobileMMError(f"{adapter}: no adapter here (adapter_config.json is missing)")
     model, processor = load(adapter, base=base)
     return save(model, folder, processor)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

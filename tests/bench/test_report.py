@@ -81,8 +81,10 @@ def test_memory_and_depth_are_measured(result: Result, tmp_path: Path) -> None:
     assert trace.seconds[-1] >= trace.phases["depth"]
     shallow = result.figure("tg16@d256")
     assert len(shallow.runs) == 2
+    at_first = result.figure("tg4").limit
     assert shallow.limit is not None
-    assert shallow.limit.best < result.figure("tg4").limit.best  # type: ignore[union-attr]
+    assert at_first is not None
+    assert shallow.limit.best < at_first.best
     write_results([result], tmp_path / "results.json")
     assert read_results(tmp_path / "results.json") == [result]
 
