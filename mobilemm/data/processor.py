@@ -15,6 +15,7 @@ from mobilemm.data.images import open_image
 from mobilemm.data.templates import IMAGE, IMAGE_MARK, Message, Segment, Template, find_template
 from mobilemm.errors import MobileMMError
 from mobilemm.models.configuration import MobileMMConfig
+from mobilemm.models import signal_tokens
 from mobilemm.models.modeling import IGNORE_INDEX
 
 
@@ -52,6 +53,12 @@ class MobileMMProcessor(ProcessorMixin):
     def conversation_template(self) -> Template:
         """The template object that `template` names."""
         return find_template(self.template, self.tokenizer)
+
+    @property
+    def signal_text(self) -> str:
+        """The signal tokens that stand for one drawing, as text; empty where the tokenizer knows none."""
+        known = self.tokenizer.get_added_vocab()
+        return "".join(name for name in signal_tokens.names(signal_tokens.MOST) if name in known)
 
     def __call__(
         self,
@@ -104,7 +111,8 @@ class MobileMMProcessor(ProcessorMixin):
         if not conversations or not all(conversations):
             raise MobileMMError("the conversation has no message")
         rendered = [
-            self.conversation_template.render(messages, add_generation_prompt) for messages in conversations
+            self.conversation_template.render(self._signalled(messages), add_generation_prompt)
+            for messages in conversations
         ]
         if not tokenize:
             texts = [
@@ -128,10 +136,27 @@ class MobileMMProcessor(ProcessorMixin):
         Raises MobileMMError, with the sample's `name`, when no token would be supervised.
         """
         template = self.conversation_template
-        ids, labels = self.encode(template.render(messages), template.add_special_tokens)
+        ids, labels = self.encode(template.render(self._signalled(messages)), template.add_special_tokens)
         if all(label == IGNORE_INDEX for label in labels):
             raise MobileMMError(f"sample {name or list(messages)}: it has no supervised token")
         return ids, labels
+
+    def _signalled(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages whose drawings are signal tokens. Raises MobileMMError for a model that has none."""
+        if not drawings_of(messages):
+            return messages
+        if not self.signal_text:
+            raise MobileMMError("a message holds a drawing, but this model draws nothing: it has no [IMG0]")
+        text = {"type": "text", "text": self.signal_text}
+        return [
+            {
+                **message,
+                "content": [text if part.get("type") == "drawing" else part for part in message["content"]],
+            }
+            if isinstance(message["content"], (list, tuple))
+            else message
+            for message in messages
+        ]
 
     def encode(self, segments: Iterable[Segment], add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Segments → ids and labels of equal length, image slots expanded to their placeholders.
@@ -209,6 +234,17 @@ def images_of(messages: Sequence[Message]) -> list[Any]:
                     raise MobileMMError("a message's image part needs the key 'image': a path or a picture")
                 images.append(source)
     return images
+
+
+def drawings_of(messages: Sequence[Message]) -> list[str]:
+    """What the drawings of a conversation show: of each part {"type": "drawing", "caption": …} the caption."""
+    return [
+        str(part.get("caption"))
+        for message in messages
+        if isinstance(message.get("content"), (list, tuple))
+        for part in message["content"]
+        if isinstance(part, Mapping) and part.get("type") == "drawing"
+    ]
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -31,7 +31,12 @@ class MobileMMConfig(PreTrainedConfig):
             can be written back whole.
         projector: {"type": name, …options}; the names are in `mobilemm.models.projectors`.
         image_token_id: the placeholder that an image's tokens take in `input_ids`; it may lie outside the
-            vocabulary (it is never embedded). Left out, the first id behind the vocabulary.
+            vocabulary (it is never embedded). Left out, the first id behind the vocabulary and the
+            signal tokens.
+        signal_token_ids: of a model that draws, the ids by which it asks for a picture, one after the other
+            (`mobilemm.models.signal_tokens`).
+        output_projector: of a model that draws, {"type": name, …options}; the names are in
+            `mobilemm.models.output_projector`.
         template: name of the conversation template (`mobilemm.data.templates`).
         checkpoint_layout: the layout this model was read from and is written back to ("mobilevlm", "llava",
             "llava-hf"), with `checkpoint_config`, the foreign config.json as it was.
@@ -54,6 +59,8 @@ class MobileMMConfig(PreTrainedConfig):
     keep_unused_layers: bool = False
     projector: dict[str, Any] = None  # type: ignore[assignment]  # filled in below
     image_token_id: int = None  # type: ignore[assignment]  # filled in below
+    signal_token_ids: list[int] | None = None
+    output_projector: dict[str, Any] | None = None
     template: str = "v1"
     tie_word_embeddings: bool = False
     checkpoint_layout: str | None = None
@@ -73,6 +80,9 @@ class MobileMMConfig(PreTrainedConfig):
         if isinstance(self.image_size, (list, tuple)):
             self.image_size = self.image_size[0]
         if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size
+            signals = self.signal_token_ids or [-1]
+            self.image_token_id = max(self.text_config.vocab_size, signals[-1] + 1)
+        if bool(self.signal_token_ids) != bool(self.output_projector):
+            raise MobileMMError("signal_token_ids and output_projector: a model has both, or draws nothing")
         # The language model ties its own head; at this level there is nothing to tie.
         self.tie_word_embeddings = False

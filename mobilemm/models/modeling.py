@@ -1,4 +1,4 @@
-"""MobileMM: vision encoder → projector → language model, on transformers' base classes."""
+"""MobileMM: vision encoder → projector → language model (→ output projector), on transformers' base classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from mobilemm.errors import MobileMMError
 from mobilemm.models.configuration import IMAGE_TOKEN_INDEX, MobileMMConfig
+from mobilemm.models.output_projector import build_output_projector
 from mobilemm.models.projectors import build_projector
+from mobilemm.models.signal_tokens import new_signal_tokens
 from mobilemm.models.vision_encoder import VisionEncoder
 
 IGNORE_INDEX = -100
@@ -47,6 +49,8 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vision_encoder = VisionEncoder(config)
         self.projector: Any = new_projector(config, self.vision_encoder)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.signal_tokens = new_signal_tokens(config)
+        self.output_projector = new_output_projector(config)
         inner = getattr(self.vision_encoder.model, "_no_split_modules", None)
         self._no_split_modules = sorted(inner or [])
         self.post_init()
@@ -98,7 +102,7 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         is_image = input_ids == self.config.image_token_id
         # The placeholder may lie outside the table; its row is overwritten anyway.
-        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        inputs_embeds = self._embed_text(input_ids.masked_fill(is_image, 0))
         seen = pixel_values if vision_features is None else vision_features
         if image_features is None and seen is not None and len(seen):
             image_features = self.get_image_features(pixel_values, vision_features, **projector_inputs)
@@ -114,6 +118,26 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_features is None:
             return inputs_embeds + self._untouched() if self.training else inputs_embeds
         return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds))
+
+    def _embed_text(self, input_ids: Tensor) -> Tensor:
+        if self.signal_tokens is None:
+            return self.get_input_embeddings()(input_ids)
+        plain = input_ids.masked_fill(self.signal_tokens.among(input_ids), 0)
+        return self.signal_tokens.embed(input_ids, self.get_input_embeddings()(plain))
+
+    def signal_states(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """Last hidden states (batch, length, width) at the signal tokens → (pictures, signal tokens, width).
+
+        Pictures are taken in reading order, row by row. Raises MobileMMError where a signal is not whole.
+        """
+        assert self.signal_tokens is not None
+        found = self.signal_tokens.among(input_ids)
+        count = self.signal_tokens.count
+        ids = input_ids[found]
+        wanted = torch.arange(count, device=ids.device) + self.signal_tokens.first
+        if len(ids) % count or bool((ids.view(-1, count) != wanted).any()):
+            raise MobileMMError(f"signal tokens stand in groups of {count}, in their order; not {ids.tolist()}")
+        return hidden[found].view(-1, count, hidden.shape[-1])
 
     def _untouched(self) -> Tensor | float:
         """Zero, through all that a picture passes and that learns.
@@ -186,23 +210,32 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vision_features,
                 **{name: value for name, value in instruction.items() if value is not None},
             )
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        shows_states = kwargs.pop("output_hidden_states", None)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
+            output_hidden_states=shows_states or self.signal_tokens is not None,
             **kwargs,
         )
+        if self.signal_tokens is not None:
+            outputs = CausalLMOutputWithPast(
+                logits=self.signal_tokens.extend(outputs.logits, outputs.hidden_states[-1][:, kept]),
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states if shows_states else None,
+                attentions=outputs.attentions,
+            )
         if labels is not None:
             loss_options = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             following = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
             outputs["loss"] = self.loss_function(
                 logits=outputs.logits,
                 labels=labels,
                 shift_labels=following[:, kept].contiguous(),
-                vocab_size=self.config.text_config.vocab_size,
+                vocab_size=outputs.logits.shape[-1],
                 **loss_options,
             )
         return outputs
@@ -254,7 +287,7 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if inputs_embeds is not None and not is_first_iteration:
-            inputs["inputs_embeds"] = self.get_input_embeddings()(inputs["input_ids"])
+            inputs["inputs_embeds"] = self._embed_text(inputs["input_ids"])
             inputs["input_ids"] = None
         return inputs
 
@@ -267,6 +300,17 @@ def new_projector(config: MobileMMConfig, encoder: VisionEncoder) -> nn.Module:
         text_width=config.text_config.hidden_size,
         grid=encoder.grid,
         prefix_tokens=encoder.num_prefix_tokens,
+    )
+
+
+def new_output_projector(config: MobileMMConfig) -> nn.Module | None:
+    """The output projector that the config names, initialized anew; None of a model that does not draw."""
+    if config.output_projector is None or config.signal_token_ids is None:
+        return None
+    return build_output_projector(
+        config.output_projector,
+        text_width=config.text_config.hidden_size,
+        signal_tokens=len(config.signal_token_ids),
     )
 
 

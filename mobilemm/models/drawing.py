@@ -1,0 +1,38 @@
+"""Gives a model what it needs to draw: signal tokens in its vocabulary, and an output projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mobilemm.errors import MobileMMError
+from mobilemm.models import signal_tokens
+from mobilemm.models.modeling import MobileMMForConditionalGeneration, new_output_projector
+
+
+def learn_to_draw(
+    model: MobileMMForConditionalGeneration, processor: Any, count: int, output_projector: dict[str, Any]
+) -> None:
+    """Adds `count` signal tokens, which mean nothing yet, and a new output projector, to model and processor.
+
+    The tokens' rows start near the mean of the vocabulary's, where no word is likely. An image placeholder
+    that has their ids moves behind them.
+
+    Raises MobileMMError when the model draws already, or its tokenizer knows such tokens.
+    """
+    config = model.config
+    if config.signal_token_ids:
+        raise MobileMMError("this model has signal tokens already")
+    ids = signal_tokens.add_to_tokenizer(processor.tokenizer, count)
+    config.signal_token_ids, config.output_projector = ids, dict(output_projector)
+    if config.image_token_id in ids:
+        config.image_token_id = processor.image_token_id = max(config.text_config.vocab_size, ids[-1] + 1)
+    table = model.get_input_embeddings().weight
+    signals, projector = signal_tokens.new_signal_tokens(config), new_output_projector(config)
+    assert signals is not None
+    with torch.no_grad():
+        for rows in signals.parameters():
+            rows.add_(table.mean(0).cpu())
+    model.signal_tokens = signals.to(table)
+    model.output_projector = projector.to(table) if projector is not None else None

@@ -1,0 +1,163 @@
+"""Output projectors: hidden states of the signal tokens → the generator's condition, Θ_T→X in the survey's words.
+
+A new one is one class here and one line in `OUTPUT_PROJECTORS`. Each takes states (n, signal tokens, text_width)
+and gives (n, num_tokens, width): the shape in which the generator takes what its text encoder says, such as
+77 × 768 for Stable Diffusion 1.5 and 77 × 1024 for 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError
+
+QUERY_STD = 0.02
+"""Of the learned queries. Equal ones would stay equal: attention treats them alike."""
+
+
+def build_output_projector(options: dict[str, Any], *, text_width: int, signal_tokens: int) -> nn.Module:
+    """The output projector that `options["type"]` names, with the other options as keyword arguments.
+
+    Raises MobileMMError for an unknown name (listing the known ones), and an option that does not fit.
+    """
+    options = dict(options)
+    name = str(options.pop("type", None))
+    if name not in OUTPUT_PROJECTORS:
+        known = ", ".join(sorted(OUTPUT_PROJECTORS))
+        raise MobileMMError(f"unknown output projector {name!r}; known: {known}")
+    try:
+        return OUTPUT_PROJECTORS[name](text_width=text_width, signal_tokens=signal_tokens, **options)
+    except (TypeError, ValueError) as error:
+        raise MobileMMError(f"output projector {name!r} with options {options}: {error}") from error
+
+
+class MLPOutputProjector(nn.Module):
+    """The mean of the states, through two linear layers with GELU between them.
+
+    With `normalize`, each token of the condition has length 1, as sentence encoders give it.
+    """
+
+    def __init__(
+        self,
+        text_width: int,
+        signal_tokens: int,
+        num_tokens: int,
+        width: int,
+        hidden: int = 512,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_tokens, self.width, self.normalize = num_tokens, width, normalize
+        self.layers = nn.Sequential(
+            nn.LayerNorm(text_width),
+            nn.Linear(text_width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, num_tokens * width),
+        )
+
+    def forward(self, states: Tensor) -> Tensor:
+        condition = self.layers(states.mean(1)).unflatten(1, (self.num_tokens, self.width))
+        return _unit(condition) if self.normalize else condition
+
+
+class TransformerOutputProjector(nn.Module):
+    """A tiny transformer: its encoder reads the states, its decoder's learned queries read the encoder.
+
+    Norms stand in front of each layer. Defaults follow NExT-GPT (Wu et al. 2023, arXiv 2309.05519, table 7):
+    four layers each, four heads, width 512 and feed-forward 2048.
+    """
+
+    def __init__(
+        self,
+        text_width: int,
+        signal_tokens: int,
+        num_tokens: int,
+        width: int,
+        hidden: int = 512,
+        layers: int = 4,
+        heads: int = 4,
+        expansion: int = 4,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden % heads:
+            raise ValueError(f"hidden {hidden} is not a multiple of heads {heads}")
+        self.num_tokens, self.width, self.normalize = num_tokens, width, normalize
+        self.states_norm = nn.LayerNorm(text_width)
+        self.input = nn.Linear(text_width, hidden)
+        self.positions = nn.Parameter(torch.randn(signal_tokens, hidden) * QUERY_STD)
+        self.queries = nn.Parameter(torch.randn(num_tokens, hidden) * QUERY_STD)
+        self.encoder = nn.ModuleList(
+            TransformerBlock(hidden, heads, expansion, cross=False) for _ in range(layers)
+        )
+        self.decoder = nn.ModuleList(
+            TransformerBlock(hidden, heads, expansion, cross=True) for _ in range(layers)
+        )
+        self.encoder_norm, self.norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.output = nn.Linear(hidden, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        read = self.input(self.states_norm(states)) + self.positions
+        for block in self.encoder:
+            read = block(read, None)
+        read = self.encoder_norm(read)
+        queries = self.queries.expand(states.shape[0], -1, -1)
+        for block in self.decoder:
+            queries = block(queries, read)
+        condition = self.output(self.norm(queries))
+        return _unit(condition) if self.normalize else condition
+
+
+class TransformerBlock(nn.Module):
+    """Attention among the tokens, with `cross` also to others, and a feed-forward layer; all residual."""
+
+    def __init__(self, width: int, heads: int, expansion: int, cross: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.cross_norm = nn.LayerNorm(width) if cross else None
+        self.cross_attention = Attention(width, heads) if cross else None
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width * expansion),
+            nn.GELU(),
+            nn.Linear(width * expansion, width),
+        )
+
+    def forward(self, tokens: Tensor, others: Tensor | None) -> Tensor:
+        normed = self.norm(tokens)
+        tokens = tokens + self.attention(normed, normed)
+        if self.cross_norm is not None and self.cross_attention is not None and others is not None:
+            tokens = tokens + self.cross_attention(self.cross_norm(tokens), others)
+        return tokens + self.feed_forward(tokens)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of (n, tokens, width) to (n, others, width)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, others: Tensor) -> Tensor:
+        query, key, value = (
+            states.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for states in (self.query(tokens), self.key(others), self.value(others))
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def _unit(condition: Tensor) -> Tensor:
+    return nn.functional.normalize(condition, dim=-1)
+
+
+OUTPUT_PROJECTORS: dict[str, type[nn.Module]] = {
+    "mlp": MLPOutputProjector,
+    "transformer": TransformerOutputProjector,
+}
