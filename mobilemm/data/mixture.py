@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mobilemm.data.images import open_image
+from mobilemm.data.processor import drawings_of
 from mobilemm.data.sources import Sample, SampleSource, UnusableRowError
 from mobilemm.errors import MobileMMError
 from mobilemm.models.modeling import IGNORE_INDEX
@@ -30,11 +31,15 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as the model takes it: ids, labels (-100 where nothing is learned), pictures in order."""
+    """A sample as the model takes it: ids, labels (-100 where nothing is learned), pictures in order.
+
+    `drawings` are the captions of the pictures that its signal tokens stand for.
+    """
 
     input_ids: list[int]
     labels: list[int]
     images: list[Path | bytes]
+    drawings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -141,6 +146,7 @@ class Mixture(Dataset):  # type: ignore[type-arg]
         self.max_length, self.seed = max_length, seed
         self.skipped: Counter[str] = Counter()
         self.features: Any = None  # a FeatureCache, where there is one
+        self.conditions: Mapping[str, Tensor] = {}  # of drawings, by their captions
 
     def __len__(self) -> int:
         return len(self.order)
@@ -182,6 +188,8 @@ class Mixture(Dataset):  # type: ignore[type-arg]
             item["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")[
                 "pixel_values"
             ]
+        if encoded.drawings:
+            item["conditions"] = torch.stack([self.conditions[caption] for caption in encoded.drawings])
         return item
 
 
@@ -202,16 +210,19 @@ def encode(processor: Any, sample: Sample, max_length: int) -> Encoded:
     Raises UnusableRowError when a picture or all that is supervised would be cut away.
     """
     ids, labels = processor.encode_for_training(sample.messages, sample.name)
+    drawings = drawings_of(sample.messages)
     image_token = processor.image_token_id
     if len(ids) > max_length:
         if image_token in ids[max_length:]:
             raise UnusableRowError("longer than max_length, which would cut a picture")
+        if drawings:
+            raise UnusableRowError("longer than max_length, which would cut a drawing")
         ids, labels = ids[:max_length], labels[:max_length]
         if all(label == IGNORE_INDEX for label in labels):
             raise UnusableRowError("longer than max_length, which would cut the answer")
     if ids.count(image_token) != len(sample.images) * processor.num_image_tokens:
         raise UnusableRowError("more or fewer pictures than the template has room for")
-    return Encoded(ids, labels, sample.images)
+    return Encoded(ids, labels, sample.images, drawings)
 
 
 def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -233,7 +244,7 @@ def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[s
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     batch["logits_to_keep"] = (batch["labels"][:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-    for name in ("pixel_values", "vision_features"):
+    for name in ("pixel_values", "vision_features", "conditions"):
         rows = [torch.as_tensor(item[name]) for item in items if name in item]
         if rows:
             batch[name] = torch.cat(rows)

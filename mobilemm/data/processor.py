@@ -241,7 +241,7 @@ def drawings_of(messages: Sequence[Message]) -> list[str]:
     return [
         str(part.get("caption"))
         for message in messages
-        if isinstance(message.get("content"), (list, tuple))
+        if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple))
         for part in message["content"]
         if isinstance(part, Mapping) and part.get("type") == "drawing"
     ]

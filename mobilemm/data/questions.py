@@ -14,39 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobilemm.data.drawings import drawing_rows, seen_rows
 from mobilemm.data.images import open_image
 from mobilemm.data.pairs import Pair, read_pairs
+from mobilemm.data.things import COLOURS, kind_of, with_article
 from mobilemm.errors import MobileMMError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-COLOURS = (
-    *("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray"),
-    *("golden", "silver"),
-)
-# Keyword of a picture's source, or its beginning → what kind of thing it is.
-KINDS = {
-    "animal-": "animal",
-    "plant-": "plant",
-    "food-fruit": "fruit",
-    "food-vegetable": "vegetable",
-    "food-": "food",
-    "drink": "drink",
-    "transport-sign": "sign",
-    "transport-": "vehicle",
-    "clothing": "clothing",
-    "tool": "tool",
-    "musical-instrument": "musical instrument",
-    "sky-weather": "weather",
-    "place-building": "building",
-    "sport": "sport",
-    "person": "person",
-    "face-": "face",
-    "hand-": "hand",
-    "arrow": "arrow",
-    "flag": "flag",
-}
 NUMBERS = ("one", "two", "three", "four", "five")
 MOST_WORDS = 3
 _PLACES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2))
@@ -57,8 +33,9 @@ def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0)
 
     `about.jsonl`: two or three questions about each picture of `pairs`, among them one whose answer is yes
     and one whose answer is no; its image paths start in `pairs`. `count.jsonl`: how many things there are, on
-    pictures made here of one to five copies. The same pairs and seed give the same rows; the folder appears
-    when it is whole. Returns the number of rows of each. Raises MobileMMError when the folder exists.
+    pictures made here of one to five copies. `draw.jsonl`: requests for pictures, and questions about the
+    same things that are none; `redraw.jsonl`: requests to draw a picture again. The same pairs and seed give
+    the same rows; the folder appears when it is whole. Returns the number of rows of each. Raises MobileMMError when the folder exists.
     """
     if folder.exists():
         raise MobileMMError(f"{folder}: it is there already; remove it, or give a new folder")
@@ -66,9 +43,13 @@ def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0)
     folder.parent.mkdir(parents=True, exist_ok=True)
     writing = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        about = list(about_pictures(known, seed))
-        counted = list(_count_rows(known, pairs, writing, counts, seed))
-        for name, rows in (("about", about), ("count", counted)):
+        found = {
+            "about": list(about_pictures(known, seed)),
+            "count": list(_count_rows(known, pairs, writing, counts, seed)),
+            "draw": list(drawing_rows(known, seed)),
+            "redraw": list(seen_rows(known, seed)),
+        }
+        for name, rows in found.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (writing / f"{name}.jsonl").write_text(text, encoding="utf-8")
         writing.chmod(0o755)
@@ -76,7 +57,7 @@ def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    return {"about": len(about), "count": len(counted)}
+    return {name: len(rows) for name, rows in found.items()}
 
 
 def about_pictures(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -97,14 +78,6 @@ def about_pictures(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, A
         yield _row([pair.image], turns)
 
 
-def with_article(name: str) -> str:
-    """`a cat`, `an owl`; plurals and what cannot be counted stay as they are."""
-    last = name.split()[-1]
-    if last.endswith("s") and not last.endswith(("ss", "us")):
-        return name
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
 def _colour(caption: str) -> tuple[str, str] | None:
     first, _, rest = caption.partition(" ")
     if first in COLOURS and rest and not set(rest.split()) & set(COLOURS):
@@ -113,11 +86,8 @@ def _colour(caption: str) -> tuple[str, str] | None:
 
 
 def _kind(pair: Pair) -> tuple[str, str] | None:
-    for keyword in reversed(pair.keywords[:2]):  # the narrower one comes second
-        for beginning, kind in KINDS.items():
-            if keyword.startswith(beginning):
-                return "What kind of thing is this?", kind.capitalize()
-    return None
+    kind = kind_of(pair)
+    return ("What kind of thing is this?", kind.capitalize()) if kind else None
 
 
 def _row(images: list[str], turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class UnusableRowError(MobileMMError):
 class Sample:
     """A conversation to learn from. A part {"type": "image", "image": …} holds a path or encoded bytes.
 
+    A part {"type": "drawing", "caption": …} of an answer is a picture that the model draws.
     `rejected` is a worse answer than the last one, for preference tuning.
     """
 
@@ -142,7 +143,7 @@ def _check(sample: Sample) -> None:
     for message in answers:
         text = message["content"]
         if not isinstance(text, str):
-            text = "".join(part.get("text", "") for part in text)
+            text = "".join(part.get("text") or part.get("caption") or "" for part in text)
         if not text.replace(IMAGE_MARK, "").strip():
             raise UnusableRowError("an empty answer")
     for image in sample.images:
@@ -284,8 +285,12 @@ def _from_messages(row: Any, name: str, root: Path) -> Sample:
                 content.append({"type": "image", "image": image})
             elif part.get("type") == "text" and isinstance(part.get("text"), str):
                 content.append({"type": "text", "text": part["text"]})
+            elif part.get("type") == "drawing" and isinstance(part.get("caption"), str):
+                if role != "assistant":
+                    raise UnusableRowError("a drawing outside of the assistant's answers")
+                content.append({"type": "drawing", "caption": part["caption"]})
             else:
-                raise UnusableRowError("a part that is neither text nor image")
+                raise UnusableRowError("a part that is neither text nor image nor drawing")
         messages.append({"role": role, "content": content})
     if marks < len(given):
         raise UnusableRowError(f"more images than {IMAGE_MARK}")
@@ -306,7 +311,7 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     """Content as typed parts; a text's marks become image parts, the line breaks beside them go."""
     if isinstance(content, list):
         if not all(isinstance(part, dict) for part in content):
-            raise UnusableRowError("a part that is neither text nor image")
+            raise UnusableRowError("a part that is neither text nor image nor drawing")
         # Columns of one type for all rows give each part all keys, most of them None.
         return content
     if not isinstance(content, str):

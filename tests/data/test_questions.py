@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mobilemm.data.pairs import Pair
-from mobilemm.data.questions import NUMBERS, about_pictures, several, with_article, write_questions
+from mobilemm.data.questions import NUMBERS, about_pictures, several, write_questions
+from mobilemm.data.things import with_article
 from mobilemm.data.sources import open_source
 from mobilemm.errors import MobileMMError
 
