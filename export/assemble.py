@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 from mobilemm.errors import MobileMMError
 from mobilemm.export.bundle import BundleWriter, recover
 from mobilemm.export.calibration import read_calibration
+from mobilemm.export.drawing import Pictures
+from mobilemm.export.memory import release
 from mobilemm.export.model import Model, Report, open_model
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.pipeline import Record, created_by, export_parts, fingerprints, keep_record
@@ -30,6 +32,7 @@ from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.self_check import ROW_SUMS, machine, row_sums, runtime_version
+from mobilemm.runtime.noise import RULE
 from mobilemm.runtime.session import Session
 
 # Beyond this fp32 copies for a comparison of answers would take more memory than the export itself.
@@ -100,7 +103,7 @@ def export_bundles(
     store = codes_of(places[0][1])
     expected = _PytorchAnswer(model)
     for target, destination in places:
-        contextual = model.with_context(options.context_length or target.default_context)
+        contextual = model.with_context(options.context_length or target.default_context, options.steps)
         _refuse_short_context(contextual)
         stored = replace(options, plan=target.stores(options.plan))
         yield _export(contextual, target, destination, stored, overwrite, report, store, expected)
@@ -127,6 +130,7 @@ def _export(
         _take_over(destination, work, fingerprints(model, target, options))
     records = export_parts(model, target, options, work, report, store)
     report("assembling")
+    release()
     with BundleWriter(destination, overwrite=overwrite) as writer:
         folder = writer.folder
         (folder / "golden").mkdir()
@@ -186,9 +190,26 @@ def describe(model: Model, target: Target, records: dict[str, Record]) -> manife
         parts={name: record.part for name, record in records.items()},
         image=model.split.image,
         prompt=model.prompt,
+        generation=_generation(model),
         golden=[record.golden for record in records.values() if record.golden is not None],
         conversations=[],
         files=[manifest.File(path="manifest.json", bytes=0, sha256="0" * 64)],
+    )
+
+
+def _generation(model: Model) -> manifest.Generation | None:
+    """How pictures are drawn, of a model that has a generator."""
+    if "generator" not in model.parts:
+        return None
+    pictures = model.parts["generator"]
+    assert isinstance(pictures.module, Pictures)
+    height, width = model.split.generator.image_size
+    return manifest.Generation(
+        signal_token_ids=list(model.split.signal_token_ids),
+        height=height,
+        width=width,
+        steps=pictures.module.unrolled.table.steps,
+        noise=manifest.Noise(rule=RULE, shape=list(pictures.inputs["noise"].shape)),
     )
 
 

@@ -78,10 +78,13 @@ class Model:
             pad_token_id=pad if pad is not None and pad >= 0 else (eos_ids or [0])[0],
         )
 
-    def with_context(self, longest: int | None) -> Model:
-        """The same model for conversations of so many tokens, or as long as it knows when that is less."""
+    def with_context(self, longest: int | None, steps: int | None = None) -> Model:
+        """The same model for conversations of so many tokens, or as long as it knows when that is less.
+
+        `steps` are the generator's, where it has one.
+        """
         known = int(self.split.text_config.max_position_embeddings)
-        return replace(self, parts=parts_of(self.split, min(longest or known, known)))
+        return replace(self, parts=parts_of(self.split, min(longest or known, known), steps))
 
     def encode(self, sample: CalibrationSample) -> tuple[list[int], list[Any]]:
         """Ids and pixels, uint8 (3, height, width) each, of a conversation."""
@@ -112,13 +115,19 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
     """Loads a checkpoint, its weights mapped from disk, and takes it apart. Raises MobileMMError."""
     from mobilemm.models.checkpoints import load
     from mobilemm.models.checkpoints.default import default_model_folder
-    from mobilemm.models.checkpoints.reading import resolve_folder
+    from mobilemm.models.checkpoints.reading import generator_folder, resolve_folder
     from mobilemm.models.checkpoints.text_model import is_text_model, load_text_model
 
     folder = default_model_folder() if source is None else resolve_folder(source)
     report(f"reading {folder}")
     model, processor = load_text_model(folder) if is_text_model(folder) else load(str(folder))
     split = split_model(model, processor, options.image_size)
+    drawer = generator_folder(folder)
+    if split.output_projector is not None and drawer is not None:
+        from mobilemm.generation.generator import load_generator
+
+        report(f"reading {drawer}")
+        split = replace(split, generator=load_generator(drawer))
     prompt = derive_prompt(split)
     tokenizer = PromptTokenizer(
         split.processor.tokenizer.backend_tokenizer, prompt, split.image_token_id, split.num_image_tokens
@@ -126,7 +135,7 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
     name = options.name or ("mobilemm-default" if source is None else Path(source).name)
     text = _license_text(folder)
     opened = Model(name, split, {}, prompt, tokenizer, folder_digest(folder), model, _license(folder), text)
-    return opened.with_context(options.context_length)
+    return opened.with_context(options.context_length, options.steps)
 
 
 def _license_text(folder: Path) -> str | None:
@@ -144,9 +153,15 @@ def _license(folder: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Hash of a checkpoint's files, names and contents."""
+    """Hash of a checkpoint's files, its generator's with them: names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    from mobilemm.models.checkpoints.reading import GENERATOR
+
+    drawer = folder / GENERATOR
+    files = [*folder.iterdir(), *drawer.rglob("*")]
+    for path in sorted(path for path in files if path.is_file()):
         with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(
+                f"{path.relative_to(folder)}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
     return digest.hexdigest()

@@ -20,6 +20,7 @@ class ExportOptions:
         verify: compare each part with PyTorch, and stop when one is below its floor.
         name: of the model, in the manifest; None for its folder's.
         budget: bytes that the language model may take; the layers that suffer most get 8 bits. None: by plan.
+        steps: of the generator; None: those it was distilled for.
         int8_cache: keys and values in int8, with steps found on the calibration set.
     """
 
@@ -31,3 +32,4 @@ class ExportOptions:
     name: str | None = None
     budget: int | None = None
     int8_cache: bool = False
+    steps: int | None = None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Decoder, DecoderWeights
-from mobilemm.export.decoder_spec import decoder_spec
+from mobilemm.export.decoder_spec import DecoderSpec, decoder_spec
+from mobilemm.export.drawing import OutputProjector, Pictures, words_read
 from mobilemm.export.split import SplitModel
 
 
@@ -117,8 +119,10 @@ class TokenEmbedding(nn.Module):
         return embeds * self.scale if self.scale != 1.0 else embeds
 
 
-def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, Part]:
-    """The parts of a model: vision, if it has eyes, embed, decoder.
+def parts_of(
+    split: SplitModel, context_length: int | None = None, steps: int | None = None
+) -> dict[str, Part]:
+    """The parts of a model: vision, if it has eyes, embed, decoder; what draws, in so many steps, if it can.
 
     Raises MobileMMError for a language model with a piece that export does not know.
     """
@@ -147,6 +151,8 @@ def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, 
             ("image_features",),
             {"pixels": {0: "images"}, "image_features": {0: "image_tokens"}},
         )
+    if split.generator is not None:
+        parts |= _drawing_parts(split, spec, steps)
     return {
         **parts,
         "embed": Part(
@@ -170,5 +176,31 @@ def parts_of(split: SplitModel, context_length: int | None = None) -> dict[str, 
             decoder_dynamic,
             DecoderWeights(spec, split.text_weights),
             CacheShape(spec.num_layers, spec.num_key_value_heads, spec.head_dim),
+        ),
+    }
+
+
+def _drawing_parts(split: SplitModel, spec: DecoderSpec, steps: int | None) -> dict[str, Part]:
+    """The output projector, and the generator of so many steps (None: those it was made for)."""
+    projector: Any = split.output_projector
+    words = words_read(spec.vocab_size, spec.hidden_size)
+    reads = OutputProjector(projector, words, spec.hidden_size, spec.logit_softcap)
+    pictures = Pictures(split, steps)
+    noises = pictures.unrolled.table.noises
+    return {
+        "output_projector": Part(
+            "output_projector",
+            reads.eval(),
+            {"signal_logits": torch.zeros(1, len(split.signal_token_ids), words)},
+            ("condition",),
+        ),
+        "generator": Part(
+            "generator",
+            pictures.eval(),
+            {
+                "condition": torch.zeros(1, projector.num_tokens, projector.width),
+                "noise": torch.zeros(1, noises, *split.generator.latent_shape),
+            },
+            ("picture",),
         ),
     }

@@ -21,6 +21,7 @@ from mobilemm import __version__
 from mobilemm.export import verify
 from mobilemm.export.calibration import CalibrationSample, default_calibration, read_calibration
 from mobilemm.export.decoder import Decoder, EagerCache
+from mobilemm.export.drawing import OutputProjector
 from mobilemm.export.memory import page_out, release
 from mobilemm.export.model import Model, Report
 from mobilemm.export.options import ExportOptions
@@ -29,12 +30,15 @@ from mobilemm.export.quantization import PartPlan
 from mobilemm.export.quantized_parts import QuantizedParts
 from mobilemm.export.targets import Exported, Target
 from mobilemm.runtime import manifest
+from mobilemm.runtime.noise import normal
 from mobilemm.runtime.session import rope_positions
 
 # Decoder first: the embedding points into its file where the two are one table.
 ORDER = ("decoder", "embed", "vision", "output_projector", "generator")
 # Positions that the decoder is verified on, and those of its golden vectors.
 VERIFY_TOKENS, GOLDEN_TOKENS = 160, 24
+# What is drawn to verify the parts that draw.
+DRAWING_REQUEST = "Draw a red apple."
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def fingerprints(model: Model, target: Target, options: ExportOptions) -> dict[s
             repr(options.verify),
             hashlib.sha256(calibration).hexdigest(),
             *(prints[owner] for owner, _ in part.shared.values()),
+            *([prints["decoder"], repr(options.plan.part("embed"))] if name == "output_projector" else []),
         ]
         prints[name] = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return prints
@@ -184,6 +189,14 @@ class _Proof:
                 "input_ids": ids,
                 "image_features": self.embeddings[ids == model.split.image_token_id].view(count, width),
             }
+        if isinstance(part.module, OutputProjector):
+            head = torch.linalg.pinv(part.module.reader.weight)  # as it ships: its inverse is in there
+            return {"signal_logits": self._signal_states(model) @ head.T}
+        if part.name == "generator":
+            assert model.split.output_projector is not None
+            with torch.no_grad():
+                condition = model.split.output_projector.float()(self._signal_states(model))
+            return {"condition": condition, "noise": torch.from_numpy(normal(0, part.inputs["noise"].shape))}
         inputs = {"inputs_embeds": self.embeddings}
         image = model.split.image
         grid = None if image is None else image.position_grid
@@ -191,6 +204,13 @@ class _Proof:
             positions = rope_positions(self.ids, model.split.image_token_id, grid)
             inputs["position_ids"] = torch.from_numpy(np.ascontiguousarray(positions)).view(3, 1, -1)
         return inputs
+
+    def _signal_states(self, model: Model) -> Tensor:
+        """Last hidden states (1, signal tokens, width) behind a request for a drawing, in fp32 PyTorch."""
+        ids = model.tokenizer.encode([{"role": "user", "content": DRAWING_REQUEST}])
+        ids += model.split.signal_token_ids
+        states = verify.decoder_states(model.parts["decoder"], {"inputs_embeds": model.embed(ids, [])})
+        return states[:, -len(model.split.signal_token_ids) :]
 
 
 def _verify(

@@ -21,6 +21,7 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export import verify
 from mobilemm.export.calibration import CalibrationSample, default_calibration
 from mobilemm.export.decoder import Decoder, EagerCache
+from mobilemm.export.drawing import OutputProjector
 from mobilemm.export.layerwise import quantize_decoder, uses_data
 from mobilemm.export.memory import page_out
 from mobilemm.export.model import Model, Report
@@ -73,12 +74,16 @@ class QuantizedParts:
         part, plan = self.model.parts[name], self.options.plan.part(name)
         if isinstance(part.module, Decoder):
             return self._decoder(part, plan)
+        if isinstance(part.module, OutputProjector):
+            part.module.read_through(self._head(part.module.reader.in_features))
         module = verify.share_tensors(part.module)
         if name == "embed":
             if (table := self._table()) is None:
                 return verify.with_weights(module, part.weights), plan
             module.table = QuantizedEmbedding(table)
             return module.eval(), plan
+        if name == "generator" and plan.default.quantized:
+            quantize_convolutions(module, _per_channel(plan), name)
         linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
         _refuse_unused(part.name, plan, linears)
         for layer, linear in linears.items():
@@ -101,6 +106,20 @@ class QuantizedParts:
 
         quantize_activations(module, look, len(pictures), name)
         return module, plan
+
+    def _head(self, rows: int) -> Tensor:
+        """The first rows of the decoder's head as it ships, float32 (rows, width)."""
+        decoder = self.model.decoder
+        plan = self.options.plan.part("decoder")
+        if decoder.spec.tied and not plan.own_head:
+            table = self._table()
+            if table is not None:
+                return QuantizedEmbedding(table)(torch.arange(rows))
+        elif plan.scheme("lm_head").quantized:
+            head = self.module("decoder")[0].get_submodule("lm_head")
+            assert isinstance(head, QuantizedLinear)
+            return head.quantized.dequantize()[:rows]
+        return self.model.parts["decoder"].weights["lm_head.weight"][:rows].float()
 
     def _decoder(self, part: Part, plan: PartPlan) -> tuple[nn.Module, PartPlan]:
         assert isinstance(part.module, Decoder)
@@ -164,6 +183,13 @@ class QuantizedParts:
             weight = self.model.parts["embed"].weights["table.weight"]
             self._made_table = quantize(weight, scheme, "embed.table")
         return self._made_table
+
+
+def _per_channel(plan: PartPlan) -> PartPlan:
+    """The plan for convolutions, where at 8 bits each output channel has one scale, as runtimes have kernels."""
+    if plan.default.bits < 8 or plan.default.palette:
+        return plan
+    return replace(plan, default=replace(plan.default, block_size=None))
 
 
 def _codes(plan: PartPlan) -> str:

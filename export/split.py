@@ -28,6 +28,10 @@ class SplitModel:
             (`model.embed_tokens.weight`, `model.layers.0.…`, `model.norm.weight`, and `lm_head.weight` if
             untied), mapped from disk where the checkpoint allows it.
         processor: transformers' or our processor, for tokenizer and chat template.
+        signal_token_ids: of a model that draws; their rows are in `text_weights`.
+        output_projector: of a model that draws: last hidden states of the signal tokens (pictures, tokens,
+            text width) → the generator's condition.
+        generator: of a model that draws, its `mobilemm.generation.generator.Generator`.
         image_prefix, image_suffix: text around a picture's placeholders, beside what the template writes.
     """
 
@@ -41,6 +45,9 @@ class SplitModel:
     text_config: Any
     text_weights: Mapping[str, Tensor]
     processor: Any
+    signal_token_ids: tuple[int, ...] = ()
+    output_projector: nn.Module | None = None
+    generator: Any = None
     image_prefix: str = ""
     image_suffix: str = ""
 

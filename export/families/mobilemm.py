@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
+from mobilemm.export.drawing import with_signal_rows
 from mobilemm.export.families.pictures import clip_tile, expansion, require_size, with_pillow
 from mobilemm.export.families.text import language_model
 from mobilemm.export.split import SplitModel
@@ -52,6 +53,8 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
     require_size(image_size, image, "mobilemm")
     prefix, num_tokens, suffix = expansion(processor, model.config.image_token_id, "mobilemm")
     config, weights = language_model(model, model.config.text_config, {"language_model.": ""})
+    if model.signal_tokens is not None:
+        config, weights = with_signal_rows(config, weights, model.signal_tokens)
     return SplitModel(
         family="mobilemm",
         vision=EncoderAndProjector(model.vision_encoder, projector).eval(),
@@ -63,6 +66,8 @@ def split(model: Any, processor: Any, image_size: int | None = None) -> SplitMod
         text_config=config,
         text_weights=weights,
         processor=processor,
+        signal_token_ids=tuple(model.config.signal_token_ids or ()),
+        output_projector=model.output_projector,
         image_prefix=prefix,
         image_suffix=suffix,
     )

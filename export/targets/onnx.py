@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +46,8 @@ from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
 
 # The part's default where a caller does not say which positions' logits it wants: the last.
 OPTIONAL_INPUTS = {"logits_positions": [-1]}
+# Parts whose weights alone are quantized: they compute in float32.
+WEIGHTS_ALONE = ("output_projector", "generator")
 # The oldest release with every kernel that a graph here needs (8-bit GatherBlockQuantized among them).
 MIN_ONNXRUNTIME = "1.23.2"
 
@@ -151,6 +154,8 @@ def _graph(part: Part, module: nn.Module, options: OnnxOptions) -> Any:
     """The part as an onnx_ir model."""
     import onnx_ir
 
+    if part.name in WEIGHTS_ALONE:
+        options = replace(options, accuracy_level=1)
     if not options.standard_ops:
         for child in module.modules():
             if isinstance(child, DecoderLayer):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import DecoderLayer, ResidualNorm, RMSNorm
 from mobilemm.export.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from mobilemm.export.static_quantization import QuantizedConv2d
 
 # Symbolic operators give zeros outside an export: a lowered module is only good for exporting.
 OPS = torch.onnx.ops
@@ -69,10 +70,13 @@ def fuse_gate_up(layer: DecoderLayer) -> None:
 
 
 def _lowered(module: nn.Module, options: OnnxOptions) -> nn.Module | None:
+    if isinstance(module, QuantizedConv2d):
+        return _DequantizedConv2d(module)
     if isinstance(module, QuantizedLinear):
         if options.standard_ops:
             return _DequantizedLinear(module)
         whole_row = module.block_size >= module.in_features and module.bits == 8
+        whole_row &= options.accuracy_level == 4  # at others activations are left alone
         return _DynamicInt8Linear(module) if whole_row else _MatMulNBits(module, options.accuracy_level)
     if isinstance(module, QuantizedEmbedding):
         return _DequantizedEmbedding(module) if options.standard_ops else _GatherBlockQuantized(module)
@@ -223,6 +227,24 @@ class _DequantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+class _DequantizedConv2d(nn.Module):
+    def __init__(self, convolution: QuantizedConv2d) -> None:
+        super().__init__()
+        self.kernel = _BlockDequantize(convolution)
+        self.shape = convolution.kernel
+        made = convolution
+        self.geometry = (made.stride, made.padding, made.dilation, made.groups)
+        self.register_buffer("bias", convolution.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor of the dtype that it computes in: models ask for no more."""
+        return self.kernel.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.kernel().view(self.shape), self.bias, *self.geometry)
+
+
 class _DequantizedEmbedding(nn.Module):
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
@@ -239,7 +261,7 @@ class _BlockDequantize(nn.Module):
     scales: Tensor
     zero_points: Tensor
 
-    def __init__(self, module: QuantizedLinear | QuantizedEmbedding) -> None:
+    def __init__(self, module: QuantizedLinear | QuantizedEmbedding | QuantizedConv2d) -> None:
         super().__init__()
         weight = module.quantized
         columns = weight.shape[1]

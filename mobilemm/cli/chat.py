@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from mobilemm.cli.conversation import (
+    DRAWING,
     Images,
     MaxNewTokens,
     MinP,
+    Out,
     Prompt,
     RepetitionPenalty,
     Seed,
@@ -18,6 +20,7 @@ from mobilemm.cli.conversation import (
     Temperature,
     TopK,
     TopP,
+    check_out,
     talk,
 )
 
@@ -37,18 +40,20 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    out: Out = DRAWING,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; left out, float32 on a CPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …; left out, the best there is.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, where MODEL is an adapter folder.")] = None,
 ) -> None:
-    """Show a model pictures and talk with it."""
+    """Show a model pictures and talk with it; asked for a drawing, it draws."""
     from rich.console import Console
 
     from mobilemm.data.images import open_image
 
     # Before torch and transformers, which take seconds to import: a wrong path should be told at once.
+    check_out(out)
     pictures = [open_image(path) for path in image or []]
     console = Console(stderr=True)
     os.environ.setdefault(
@@ -59,6 +64,7 @@ def chat(
         console.print(loading, soft_wrap=True)
     with console.status(loading):
         from mobilemm.models.checkpoints import load
+        from mobilemm.models.checkpoints.reading import generator_folder
         from mobilemm.runtime.pytorch import ChatSession, choose_device, choose_dtype, quiet
         from mobilemm.runtime.sampling import Sampling
 
@@ -66,10 +72,12 @@ def chat(
         where = choose_device(device)
         loaded = load(model, dtype=choose_dtype(dtype, where), device=where, base=base)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p)
-    session = ChatSession(loaded.model, loaded.processor, sampling, system=system)
+    session = ChatSession(
+        loaded.model, loaded.processor, sampling, system=system, generator=generator_folder(model)
+    )
     for picture in pictures:
         session.look_at(picture)
-    talk(session, prompt, console)
+    talk(session, prompt, console, out=out)
 
 
 LOADING_DEFAULT = "loading the default model (put together the first time: about half a minute)"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mobilemm.errors import MobileMMError
+from mobilemm.runtime.drawing import SUFFIXES, Drawn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,22 @@ MinP = Annotated[
     typer.Option(min=0.0, max=1.0, help="Drop tokens less than this many times as likely as the likeliest."),
 ]
 RepetitionPenalty = Annotated[float, typer.Option(min=0.1, help="Above 1 it discourages repeats.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling, and what is drawn, repeatable.")
+]
+Out = Annotated[
+    Path,
+    typer.Option("--out", help="Where a drawing goes; a file that is there is kept, and a number added."),
+]
+DRAWING = Path("drawing.png")
+
+
+def check_out(out: Path) -> None:
+    """Raises MobileMMError for a place where no picture can be written, before anything is loaded."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise MobileMMError(f"--out {out}: a picture's name ends in {', '.join(SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise MobileMMError(f"--out {out}: there is no folder {out.parent}")
 
 
 def talk(
@@ -42,22 +58,29 @@ def talk(
     prompt: str | None,
     console: Console,
     after: Callable[[], None] = lambda: None,
+    out: Path = DRAWING,
 ) -> None:
-    """One question and its answer, or a conversation from standard input; calls `after` after each answer."""
+    """One question and its answer, or a conversation from standard input; calls `after` after each answer.
+
+    Pictures that are drawn go to `out`.
+    """
     if prompt is not None:
-        _say(session, prompt)
+        _say(session, prompt, out)
         after()
     else:
-        _converse(session, console, after)
+        _converse(session, console, after, out)
 
 
-def _say(session: Conversation, text: str) -> None:
+def _say(session: Conversation, text: str, out: Path) -> None:
     for piece in session.stream(text):
-        typer.echo(piece, nl=False)
+        if isinstance(piece, Drawn):
+            typer.echo(f"[{piece.save(out)}, seed {piece.seed}]", nl=False)
+        else:
+            typer.echo(piece, nl=False)
     typer.echo()
 
 
-def _converse(session: Conversation, console: Console, after: Callable[[], None]) -> None:
+def _converse(session: Conversation, console: Console, after: Callable[[], None], out: Path) -> None:
     """Line by line from standard input, which may be a pipe."""
     interactive = sys.stdin.isatty()
     if interactive:
@@ -89,7 +112,7 @@ def _converse(session: Conversation, console: Console, after: Callable[[], None]
             elif command.startswith("/"):
                 console.print("known: /image PATH, /reset, /quit", style="dim", highlight=False)
             elif line:
-                _say(session, line)
+                _say(session, line, out)
                 after()
         except MobileMMError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from mobilemm.cli.conversation import (
+    DRAWING,
     Images,
     MaxNewTokens,
     MinP,
+    Out,
     Prompt,
     RepetitionPenalty,
     Seed,
@@ -18,6 +20,7 @@ from mobilemm.cli.conversation import (
     Temperature,
     TopK,
     TopP,
+    check_out,
     talk,
 )
 
@@ -34,12 +37,13 @@ def run(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    out: Out = DRAWING,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads; left out, as many as there are cores.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Tell behind each answer how long it took.")] = False,
 ) -> None:
-    """Show a bundle pictures and talk with it. Needs neither torch nor transformers."""
+    """Show a bundle pictures and talk with it; asked for a drawing, it draws. Needs neither torch nor transformers."""
     from rich.console import Console
 
     from mobilemm.runtime.backends import open_backend
@@ -47,6 +51,7 @@ def run(
     from mobilemm.runtime.sampling import Sampling
     from mobilemm.runtime.session import Session
 
+    check_out(out)
     opened = open_bundle(bundle)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p)
     backend = open_backend(opened, threads)
@@ -60,4 +65,4 @@ def run(
         if stats:
             typer.echo(str(session.stats), err=True)
 
-    talk(session, prompt, Console(stderr=True), tell)
+    talk(session, prompt, Console(stderr=True), tell, out)

@@ -81,7 +81,9 @@ class TextEncoder:
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
-            self.model: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+            self.model: Any = CLIPTextModel.from_pretrained(
+                folder / "text_encoder", dtype=torch.float32
+            ).eval()
         except (OSError, ValueError) as error:
             raise MobileMMError(f"{folder}: its text encoder cannot be read: {one_line(error)}") from error
 

@@ -355,3 +355,15 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
         raise MobileMMError(f"scheduler: keys 'beta_…': {one_line(error)}") from error
     alphas: Tensor = scheduler.alphas_cumprod
     return alphas.double()
+
+
+def read_condition(folder: Path | str) -> tuple[str, tuple[int, int]]:
+    """Of a generator's folder: where its condition comes from, and its shape (tokens, width). Reads no weights."""
+    folder = Path(folder)
+    unet = _read_json(folder / "unet" / "config.json")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    settings = _read_settings(folder, scheduler, unet.get("time_cond_proj_dim") is not None)
+    width = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
+    if not isinstance(width, int):
+        raise MobileMMError(f"{folder / 'unet' / 'config.json'}: key 'cross_attention_dim' must be a number")
+    return settings.condition, (settings.condition_tokens, width)

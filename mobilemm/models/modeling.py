@@ -136,7 +136,9 @@ class MobileMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = input_ids[found]
         wanted = torch.arange(count, device=ids.device) + self.signal_tokens.first
         if len(ids) % count or bool((ids.view(-1, count) != wanted).any()):
-            raise MobileMMError(f"signal tokens stand in groups of {count}, in their order; not {ids.tolist()}")
+            raise MobileMMError(
+                f"signal tokens stand in groups of {count}, in their order; not {ids.tolist()}"
+            )
         return hidden[found].view(-1, count, hidden.shape[-1])
 
     def _untouched(self) -> Tensor | float:

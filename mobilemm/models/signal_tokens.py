@@ -72,7 +72,9 @@ def names(count: int) -> list[str]:
 
 def add_to_tokenizer(tokenizer: Any, count: int) -> list[int]:
     """Makes a tokenizer know them; returns their ids. Raises MobileMMError where these do not follow."""
-    tokenizer.add_special_tokens({"additional_special_tokens": names(count)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": names(count)}, replace_extra_special_tokens=False
+    )
     ids: list[int] = tokenizer.convert_tokens_to_ids(names(count))
     if ids != list(range(ids[0], ids[0] + count)):
         raise MobileMMError(f"this tokenizer has signal tokens already, with other ids: {ids}")

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from mobilemm.errors import MobileMMError
+from mobilemm.runtime.drawing import Drawn
 from mobilemm.runtime.sampling import Sampling
 
 
@@ -47,6 +48,8 @@ class Conversation(ABC):
     def stream(self, text: str) -> Iterator[str]:
         """The answer to `text` as it comes, in pieces of whole characters that join to the answer.
 
+        A picture that the model draws is a piece of its own, a `Drawn`, whose text is empty.
+
         A stream that is closed early, or interrupted with Ctrl-C, stops the model; what it had said by then
         is remembered as its answer, or, when it had said nothing, the turn is forgotten.
 
@@ -70,7 +73,8 @@ class Conversation(ABC):
         finally:
             if finished:
                 self.pending = []
-                said = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
+                words = "".join(piece.signal if isinstance(piece, Drawn) else piece for piece in pieces)
+                said = {"role": "assistant", "content": [{"type": "text", "text": words}]}
                 self.messages += [turn, said]
 
     @abstractmethod

@@ -182,6 +182,29 @@ class Prompt(Strict):
     examples: list[RenderedExample] = []
 
 
+class Noise(Strict):
+    """What `noise` of the generator is: numbers by a rule (docs/noise.md) from a seed, in this shape."""
+
+    rule: Literal["philox4x32-10-box-muller"]
+    shape: Annotated[list[Size], Field(min_length=1, max_length=8)]
+
+
+class Generation(Strict):
+    """How a picture is drawn, in a bundle with the parts `output_projector` and `generator`.
+
+    When the model says the first signal token, all of them are fed to it, whatever it would have said next.
+    Their logits, of the vocabulary's first words only (as many as `signal_logits` has), go through
+    `output_projector`; `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width) in
+    [0, 1], is shown. The model goes on behind the last signal token.
+    """
+
+    signal_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=64)]
+    height: Size
+    width: Size
+    steps: Size
+    noise: Noise
+
+
 class Golden(Strict):
     """Vectors to check a part by on any machine: safetensors with `inputs.NAME` and `outputs.NAME` in fp32.
 
@@ -234,7 +257,7 @@ class Manifest(Strict):
     parts: dict[Name, Part]
     image: Image | None
     prompt: Prompt
-    generation: dict[str, Any] | None = None
+    generation: Generation | None = None
     golden: list[Golden]
     conversations: list[GoldenConversation]
     benchmarks: list[dict[str, Any]] = []

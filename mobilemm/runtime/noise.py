@@ -8,13 +8,14 @@ by Box and Muller, in float64, then rounded to float32. `docs/noise.md` has the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilemm.errors import MobileMMError
 
-RULE = "philox4x32-10-box-muller"
+RULE: Final = "philox4x32-10-box-muller"
 """The rule's name in a manifest."""
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

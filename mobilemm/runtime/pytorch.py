@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ import torch
 from mobilemm.data.images import open_image
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.conversation import Conversation, refuse_full_context
+from mobilemm.runtime.drawing import Drawn, choose_seed, to_uint8
+from mobilemm.runtime.noise import normal
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.streaming import TextStream
 
@@ -28,12 +32,22 @@ class ChatSession(Conversation):
         model, processor: what `mobilemm.load` gives.
         sampling: how answers are drawn.
         system: a system prompt, where the model's template takes one.
+        generator: folder of the generator of a model that draws; read when something is drawn.
+        steps: of the generator; left out, those it was distilled for.
     """
 
     def __init__(
-        self, model: Any, processor: Any, sampling: Sampling | None = None, system: str | None = None
+        self,
+        model: Any,
+        processor: Any,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+        generator: Path | None = None,
+        steps: int | None = None,
     ) -> None:
         self.model, self.processor = model, processor
+        self.generator, self.steps = generator, steps
+        self._pictures: Any = None
         super().__init__(sampling, system)
 
     def look_at(self, picture: Any) -> None:
@@ -50,7 +64,47 @@ class ChatSession(Conversation):
             length = inputs["input_ids"].shape[1]
             refuse_full_context(length, context)
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - length)
-        return self._generate(inputs, sampling)
+        signals = getattr(self.model.config, "signal_token_ids", None)
+        if not signals or self.generator is None:
+            return self._generate(inputs, sampling)
+        return self._say_and_draw(inputs, sampling, list(signals))
+
+    def _say_and_draw(self, inputs: Any, sampling: dict[str, Any], signals: list[int]) -> Generator[str]:
+        """The answer up to the first signal token, a picture, and so on until nothing is left to be said."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        room = sampling["max_new_tokens"]
+        while room > 0:
+            said: list[int] = []
+            options = sampling | {"max_new_tokens": room, "eos_token_id": [*ends, signals[0]]}
+            yield from self._generate(inputs, options, said)
+            room -= len(said) - 1 + len(signals)
+            if not said or said[-1] != signals[0]:
+                return
+            ids = [*inputs["input_ids"][0].tolist(), *said[:-1], *signals]
+            inputs["input_ids"] = torch.tensor([ids], device=self.model.device)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            yield self._draw(inputs)
+
+    @torch.no_grad()
+    def _draw(self, inputs: Any) -> Drawn:
+        """The picture that the signal tokens at the end of the prompt ask for."""
+        from mobilemm.generation.generator import load_generator
+        from mobilemm.generation.sampling import UnrolledGenerator
+
+        begun = time.perf_counter()
+        if self._pictures is None:
+            assert self.generator is not None
+            generator = load_generator(self.generator)
+            self._pictures = UnrolledGenerator(generator, self.steps).to(self.model.device).eval()
+        count = len(self.model.config.signal_token_ids)
+        hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -count:]
+        condition = self.model.output_projector(hidden).float()
+        seed = choose_seed(self.sampling.seed)
+        shape = (1, self._pictures.table.noises, *self._pictures.step.generator.latent_shape)
+        noise = torch.from_numpy(normal(seed, shape)).to(condition.device)
+        picture = self._pictures(condition, noise).cpu().numpy()
+        return Drawn(to_uint8(picture), seed, self.processor.signal_text, time.perf_counter() - begun)
 
     def _encode(self, messages: list[dict[str, Any]]) -> Any:
         from jinja2 import TemplateError
@@ -82,11 +136,15 @@ class ChatSession(Conversation):
         text = f"{mark}" * len(pictures) + messages[-1]["content"][-1]["text"]
         return self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
 
-    def _generate(self, inputs: Any, options: dict[str, Any]) -> Generator[str]:
+    def _generate(
+        self, inputs: Any, options: dict[str, Any], said: list[int] | None = None
+    ) -> Generator[str]:
+        """The answer in pieces; its ids go to `said`."""
         pieces: queue.Queue[str | None] = queue.Queue()
         failure: list[BaseException] = []
         stopped = threading.Event()
         streamer = _Streamer(self.processor.tokenizer, _stop_strings(self.processor), pieces)
+        streamer.ids = said if said is not None else []
 
         def run() -> None:
             try:
@@ -125,6 +183,7 @@ class _Streamer:
     def __init__(self, tokenizer: Any, stop: Sequence[str], pieces: queue.Queue[str | None]) -> None:
         self.text = TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop)
         self.pieces = pieces
+        self.ids: list[int] = []
         self.seen_prompt = False
 
     def put(self, ids: torch.Tensor) -> None:
@@ -133,6 +192,7 @@ class _Streamer:
             self.seen_prompt = True
             return
         for token in ids.flatten().tolist():
+            self.ids.append(token)
             self._send(self.text.put(token))
 
     def end(self) -> None:

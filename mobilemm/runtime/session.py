@@ -16,7 +16,9 @@ from mobilemm.data.images import ImageSource
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import Array, Backend, Decoder
 from mobilemm.runtime.conversation import Conversation, refuse_full_context
+from mobilemm.runtime.drawing import Drawn, choose_seed, to_uint8
 from mobilemm.runtime.image import to_pixels
+from mobilemm.runtime.noise import normal
 from mobilemm.runtime.prompt import PromptTokenizer
 from mobilemm.runtime.sampling import Sampler, Sampling
 from mobilemm.runtime.streaming import TextStream
@@ -52,6 +54,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     ttft: float = 0.0
+    drawing_seconds: float = 0.0
     decode_steps: int = 0
 
     @property
@@ -71,6 +74,7 @@ class Stats:
             f" ({self.prompt_tokens - self.cached_tokens} of {self.prompt_tokens} tokens,"
             f" {self.cached_tokens} cached) · decode {self.decode_rate:.1f} tok/s ({self.new_tokens} tokens)"
             f" · pictures {self.image_seconds:.2f} s · load {self.load_seconds:.2f} s"
+            + (f" · drawing {self.drawing_seconds:.2f} s" if self.drawing_seconds else "")
         )
 
 
@@ -85,7 +89,8 @@ class Session(Conversation):
         backend: what runs its parts; several sessions may share one.
         sampling: how answers are drawn.
         system: a system prompt, where the model's template takes one.
-        keep_vision: False gives the vision part's memory back behind each question about a new picture.
+        keep_vision: False gives the vision part's memory back behind each question about a new picture, and
+            that of the parts that draw behind each drawing.
     """
 
     def __init__(
@@ -107,6 +112,8 @@ class Session(Conversation):
         self.answer_ids: list[int] = []  # of the last answer, its end token apart
         self._decoder: Decoder | None = None
         self._features: OrderedDict[str, Array] = OrderedDict()
+        generation = self.manifest.generation
+        self._signals = generation.signal_token_ids if generation is not None else []
         # What the cache holds: ids, perhaps more of them than the decoder has taken in; and pictures.
         self._cached: list[int] = []
         self._shown: list[str] = []
@@ -143,6 +150,20 @@ class Session(Conversation):
         stats.ttft = time.perf_counter() - begun
         most = min(self.sampling.max_new_tokens, room)
         while token not in self.manifest.model.eos_token_ids:
+            if self._signals and token == self._signals[0]:
+                if piece := text.end():
+                    yield piece
+                drawn, logits = self._draw()
+                seen += self._signals
+                self.answer_ids += self._signals
+                stats.new_tokens += len(self._signals)
+                stats.drawing_seconds += drawn.seconds
+                yield drawn
+                if stats.new_tokens >= most:
+                    break
+                text = TextStream(self.tokenizer.decode, self.manifest.prompt.stop)
+                token = sampler(logits[: self.tokenizer.size], seen)
+                continue
             seen.append(token)
             self.answer_ids.append(token)
             stats.new_tokens += 1
@@ -157,6 +178,25 @@ class Session(Conversation):
             stats.decode_steps += 1
         if piece := text.end():
             yield piece
+
+    def _draw(self) -> tuple[Drawn, Array]:
+        """What the model draws at this place, and the logits (vocabulary,) behind the signal tokens."""
+        generation = self.manifest.generation
+        assert generation is not None
+        logits = self._feed_all(self._signals)
+        begun = time.perf_counter()
+        seed = choose_seed(self.sampling.seed)
+        words = self.manifest.parts["output_projector"].inputs[0].shape[-1]
+        assert isinstance(words, int)
+        signal_logits = np.ascontiguousarray(logits[..., :words])
+        inputs = self.backend.run("output_projector", {"signal_logits": signal_logits})
+        inputs["noise"] = normal(seed, generation.noise.shape)
+        picture = to_uint8(self.backend.run("generator", inputs)["picture"])
+        if not self.keep_vision:
+            self.backend.release("output_projector")
+            self.backend.release("generator")
+        written = self.tokenizer.tokenizer.decode(self._signals, skip_special_tokens=False)
+        return Drawn(picture, seed, written, time.perf_counter() - begun), logits[0, -1]
 
     def _load(self, pictures: list[Picture], stats: Stats) -> None:
         begun = time.perf_counter()
@@ -214,16 +254,32 @@ class Session(Conversation):
         """Appends to the cache; logits (vocabulary,) behind the last id."""
         decoder = self._decoder
         assert decoder is not None
+        embeds = self._embed(ids, features)
+        for piece in self._pieces(ids, 0 if features is None else len(features)):
+            places = None if positions is None else positions[..., piece]
+            logits = decoder.decode(embeds[:, piece], places)
+        return logits[0, -1]
+
+    def _feed_all(self, ids: list[int]) -> Array:
+        """Appends words to the cache; logits (1, ids, vocabulary) behind each of them."""
+        decoder = self._decoder
+        assert decoder is not None
+        positions = [place for place in (self._text_position() for _ in ids) if place is not None]
+        return decoder.decode(
+            self._embed(ids, None),
+            np.concatenate(positions, -1) if positions else None,
+            np.arange(len(ids)),
+        )
+
+    def _embed(self, ids: list[int], features: Array | None) -> Array:
+        """Embeddings (1, ids, hidden) of what the cache is about to hold."""
         if features is None:
             features = np.zeros((0, self.manifest.model.hidden_size), np.float32)
         inputs = {"input_ids": np.array([ids], np.int64), "image_features": features}
         embeds = self.backend.run("embed", inputs)["inputs_embeds"]
         # Before the decoder has them: what is interrupted leaves too many here, never too few.
         self._cached += ids
-        for piece in self._pieces(ids, len(features)):
-            places = None if positions is None else positions[..., piece]
-            logits = decoder.decode(embeds[:, piece], places)
-        return logits[0, -1]
+        return embeds
 
     def _pieces(self, ids: list[int], rows: int) -> Iterator[slice]:
         """What the decoder is fed at once: all ids, or each text and each picture that has features."""

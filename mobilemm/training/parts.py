@@ -15,7 +15,7 @@ from mobilemm.models.modeling import MobileMMForConditionalGeneration
 from mobilemm.models.vision_encoder import LAYER_LISTS
 from mobilemm.training.recipe import Parts, PartTraining
 
-PARTS = ("projector", "language_model", "vision_encoder")
+PARTS = ("projector", "language_model", "vision_encoder", "signal_tokens", "output_projector")
 # Where language models, below their `base_model_prefix`, and timm's models keep their layers.
 _LANGUAGE_MODEL_LISTS = ("layers", "decoder.layers", "h")
 _TIMM_LISTS = ("blocks", "stages")
@@ -45,7 +45,8 @@ def select_trained(model: MobileMMForConditionalGeneration, parts: Parts) -> lis
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return [_count(model, name, getattr(parts, name)) for name in PARTS]
+    there = [name for name in PARTS if getattr(model, name) is not None]
+    return [_count(model, name, getattr(parts, name)) for name in there]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

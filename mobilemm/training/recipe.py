@@ -49,16 +49,19 @@ class Parts(_Section):
     vision_encoder: Part = PartTraining()
     projector: Part = PartTraining()
     language_model: Part = PartTraining()
+    signal_tokens: Part = PartTraining()
+    output_projector: Part = PartTraining()
 
     @model_validator(mode="after")
     def _something_learns(self) -> Parts:
         if not any(part.learning_rate for _, part in self):
             raise ValueError("every part has the learning rate 0: nothing would be trained")
-        for name in ("vision_encoder", "projector"):
+        for name in ("vision_encoder", "projector", "signal_tokens", "output_projector"):
             if getattr(self, name).is_adapter:
                 raise ValueError(f"{name}: low-rank updates are made to the language model alone")
-        if self.projector.from_layer:
-            raise ValueError("projector: it has no layers to start from")
+        for name in ("projector", "signal_tokens", "output_projector"):
+            if getattr(self, name).from_layer:
+                raise ValueError(f"{name}: it has no layers to start from")
         return self
 
 
@@ -89,6 +92,21 @@ class Preferences(_Section):
     sft_weight: float = Field(ge=0, default=0.0, description="of the chosen answer's likelihood beside it")
 
 
+class Drawing(_Section):
+    """Learning to draw: when to say the signal tokens, and what their states say to the generator.
+
+    The loss is L_txt-gen (the answers' likelihood, signal tokens among them) and the squared distance of the
+    output projector's condition from that of the generator's text encoder, L_mse.
+    """
+
+    generator: Path = Field(description="folder of the generator, whose text condition is aimed at")
+    signal_tokens: int = Field(gt=0, le=64, default=4, description="of a model that has none yet")
+    projector: dict[str, Any] = Field(
+        default={"type": "transformer"}, description="of a model that has none yet; its type and options"
+    )
+    condition_weight: float = Field(ge=0, default=1.0, description="of L_mse beside the likelihood")
+
+
 class Recipe(_Section):
     """One stage of training. The YAML file has the same keys."""
 
@@ -96,6 +114,9 @@ class Recipe(_Section):
     data: list[Source] = Field(min_length=1)
     train: Parts
     preferences: Preferences | None = Field(default=None, description="what is learned from pairs of answers")
+    drawing: Drawing | None = Field(
+        default=None, description="what is learned from answers that are drawings"
+    )
     model: str | None = Field(default=None, description="folder or hub id; left out, the default model")
     new_projector: bool = Field(default=False, description="start from a projector initialized anew")
     template: str | None = Field(default=None, description="conversation template instead of the model's")
@@ -129,6 +150,11 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if self.cache_features and self.train.vision_encoder.learning_rate:
             raise ValueError("cache_features: features can be kept only when train.vision_encoder is 0")
+        if self.drawing is not None and self.preferences is not None:
+            raise ValueError("drawing: preferences are learned by themselves")
+        for name in ("signal_tokens", "output_projector"):
+            if getattr(self.train, name).learning_rate and self.drawing is None:
+                raise ValueError(f"train.{name}: it learns with the key 'drawing' alone")
         for number, source in enumerate(self.data):
             if (source.format == "preferences") != (self.preferences is not None):
                 raise ValueError(

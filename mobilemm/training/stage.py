@@ -28,8 +28,8 @@ from mobilemm.training.parts import PartCount, half_precision, select_trained, t
 from mobilemm.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mobilemm.training.preferences import PreferenceObjective
     from mobilemm.training.prefix import SharedPrefix
+    from mobilemm.training.trainer import Objective
 
 # Keys that may change while a run is broken off: none of them decides what is learned.
 FREE_KEYS = frozenset(
@@ -48,7 +48,7 @@ class Stage:
     parts: list[PartCount]
     sources: list[ScannedSource]
     step_size: int
-    objective: PreferenceObjective | None = None
+    objective: Objective | None = None
     features: FeatureCache | None = None
 
 
@@ -93,11 +93,16 @@ def prepare(recipe: Recipe, report: Callable[[str], None] = print) -> Stage:
     torch.manual_seed(recipe.seed)
     if recipe.new_projector:
         model.projector = new_projector(model.config, model.vision_encoder)
-    objective = None
+    objective: Objective | None = None
     if recipe.preferences is not None:
         from mobilemm.training.preferences import PreferenceObjective
 
         objective = PreferenceObjective(model, recipe.preferences)
+    if recipe.drawing is not None:
+        from mobilemm.training.drawing import DrawingObjective, prepare_to_draw
+
+        prepare_to_draw(model, processor, recipe.drawing)
+        objective = DrawingObjective(recipe.drawing)
     parts = select_trained(model, recipe.train)
     if recipe.precision == "bfloat16":
         half_precision(model, torch.bfloat16)
@@ -159,6 +164,10 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
     if recipe.cache_features:
         _keep_features(stage, report)
     mixture = _mixture(stage)
+    if recipe.drawing is not None:
+        from mobilemm.training.drawing import keep_conditions
+
+        mixture.conditions = keep_conditions(recipe.drawing, stage.sources, run, report)
     steps = len(mixture) // stage.step_size
     arguments = training_arguments(recipe, steps)
     if arguments.process_index == 0:
@@ -273,7 +282,8 @@ def _shared_prefix(stage: Stage, mixture: Mixture) -> SharedPrefix | None:
 
     learns = stage.recipe.train.language_model.learning_rate > 0
     # Checkpointing runs layers a second time, and would add to the cache what is there already.
-    if learns or stage.objective is not None or stage.recipe.activation_checkpointing:
+    compares = stage.recipe.preferences is not None  # with a copy of the model, which has its own cache
+    if learns or compares or stage.recipe.activation_checkpointing:
         return None
     ids = common_prefix(mixture, stage.processor.image_token_id)
     return SharedPrefix(stage.model.language_model, ids) if ids else None

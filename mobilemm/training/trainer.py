@@ -60,7 +60,10 @@ class PartsTrainer(Trainer):
         self.tokens_seen = 0
         learning = {name.split(".")[0] for name in trained_parameters(model)}
         self._still = [
-            getattr(model, name) for name in PARTS if name not in learning or name == "vision_encoder"
+            part
+            for name in PARTS
+            if (name not in learning or name == "vision_encoder")
+            and (part := getattr(model, name)) is not None
         ]
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **options

@@ -22,6 +22,9 @@ from mobilemm.models.modeling import MobileMMForConditionalGeneration
 # The model that ships, where a name must be written down.
 DEFAULT_MODEL = "mobilemm-default"
 
+# Folder of a model's generator, beside its config.json.
+GENERATOR = "generator"
+
 # What is fetched of a hub repository: everything but other frameworks' weights and code.
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
 
@@ -105,6 +108,12 @@ def resolve_folder(path: str | Path | None) -> Path:
             f"{path}: neither a folder here nor to be had from the hub ({type(error).__name__}:"
             f" {str(error).strip().splitlines()[0] if str(error) else ''})"
         ) from error
+
+
+def generator_folder(path: str | Path | None) -> Path | None:
+    """The folder of a model's generator, `generator/` in diffusers' layout beside config.json; None without."""
+    folder = resolve_folder(path) / GENERATOR
+    return folder if folder.is_dir() else None
 
 
 def read_empty_model(

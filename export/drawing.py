@@ -1,0 +1,92 @@
+"""The parts that draw: from the logits at the signal tokens to a condition, and from a condition to a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobilemm.errors import MobileMMError
+from mobilemm.export.split import SplitModel
+
+ROWS_PER_WIDTH = 4
+"""Words of the vocabulary, as many times the hidden width, whose logits tell the hidden state."""
+
+
+class OutputProjector(nn.Module):
+    """Logits at the signal tokens → the generator's condition.
+
+    A decoder gives logits and no hidden states, on every runtime and to every runner. The head is a matrix with
+    far more rows than columns, so that some of its rows, inverted, give the state back: to the precision of
+    float32, and without a second output. `read_through` says which rows.
+
+    Shapes: (1, signal tokens, words) → (1, tokens, width); the words are the vocabulary's first.
+    """
+
+    def __init__(self, projector: nn.Module, words: int, width: int, softcap: float | None = None) -> None:
+        super().__init__()
+        self.reader = nn.Linear(words, width, bias=False)
+        self.projector = projector
+        self.softcap = softcap
+
+    def read_through(self, head: Tensor) -> None:
+        """Sets the inverse of the head's first rows (words, width), as the decoder that ships has them."""
+        inverse = torch.linalg.pinv(head.double()).float()
+        self.reader.weight = nn.Parameter(inverse, requires_grad=False)
+
+    def forward(self, signal_logits: Tensor) -> Tensor:
+        if self.softcap is not None:
+            signal_logits = torch.atanh((signal_logits / self.softcap).clamp(-0.9999, 0.9999)) * self.softcap
+        return self.projector(self.reader(signal_logits))
+
+
+def words_read(vocab_size: int, hidden_size: int) -> int:
+    """How many of the vocabulary's logits tell the hidden state. Raises MobileMMError when there are too few."""
+    words = min(vocab_size, ROWS_PER_WIDTH * hidden_size)
+    if words < hidden_size:
+        raise MobileMMError(
+            f"a vocabulary of {vocab_size} words cannot tell a hidden state of {hidden_size} numbers: this"
+            " model's drawing cannot be exported"
+        )
+    return words
+
+
+def with_signal_rows(
+    config: Any, weights: Mapping[str, Tensor], signals: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """A language model's config and weights with the signal tokens' rows in its table, and in an untied head."""
+    behind = signals.first + signals.count
+    found = dict(weights)
+    rows = {"model.embed_tokens.weight": signals.rows}
+    if not config.tie_word_embeddings:
+        rows["lm_head.weight"] = signals.head_rows
+    for name, own in rows.items():
+        table = found[name]
+        found[name] = torch.cat([table[: signals.first], own.detach().to(table), table[behind:]])
+    config.vocab_size = max(config.vocab_size, behind)
+    return config, found
+
+
+class Pictures(nn.Module):
+    """A generator as a part: condition and noise → a picture, every step and the decoder inside.
+
+    Shapes: (1, tokens, width), (1, noises, channels, height, width) → float32 (1, 3, height, width) in [0, 1].
+    """
+
+    def __init__(self, split: SplitModel, steps: int | None = None) -> None:
+        from mobilemm.generation.sampling import UnrolledGenerator
+
+        super().__init__()
+        self.unrolled = UnrolledGenerator(split.generator, steps)
+
+    def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
+        return self.unrolled(condition, noise)
+
+
+def peak_signal_to_noise(found: Tensor, wanted: Tensor) -> float:
+    """In dB, of pictures in [0, 1]."""
+    error = float((found.double() - wanted.double()).square().mean())
+    return 200.0 if error == 0 else -10 * math.log10(error)
