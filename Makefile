@@ -82,7 +82,7 @@ android: $(STAMP) $(ANDROID)/bundle ## build the Android demo: a signed APK with
 
 test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) ## run the Android demo's tests on the JVM
 	PYTHONPATH=$(ANDROID)/onnxruntime-$(ANDROID_ORT) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m tests.android.vectors $(ANDROID)/bundle $(ANDROID)/vectors
+		$(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(ANDROID)/vectors
 	$(BIN)/python android_demo/build.py test $(ANDROID_TESTS)
 	$(BIN)/python android_demo/build.py test-app $(ANDROID_TESTS)
 	$(BIN)/python -m pytest tests/android

@@ -519,7 +519,7 @@ def main() -> int:
         command = commands.add_parser(name, help=action.__doc__)
         command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
         command.add_argument(
-            "--vectors", type=Path, required=True, help="what tests/android/vectors.py wrote"
+            "--vectors", type=Path, required=True, help="what tests/phone_vectors.py wrote"
         )
         command.add_argument("--only", nargs="*", help="names of test classes")
         command.set_defaults(action=action)

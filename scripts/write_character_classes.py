@@ -1,8 +1,8 @@
-"""Writes the Android core's table of letters, numbers and white space, as tokenizers class them.
+"""Writes the apps' tables of letters, numbers and white space, as tokenizers class them.
 
     python scripts/write_character_classes.py
 
-A phone's own tables are those of its Android version: a letter of a later Unicode would be cut otherwise
+A phone's own tables are those of its system's version: a letter of a later Unicode would be cut otherwise
 there and give other ids. The classes are asked of `tokenizers` itself, code point by code point.
 """
 
@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tokenizers import Regex, pre_tokenizers
 
-FILE = Path(__file__).parents[1] / "android_demo/core/src/main/kotlin/org/mobilemm/CharacterClasses.kt"
+ROOT = Path(__file__).parents[1]
+KOTLIN = ROOT / "android_demo/core/src/main/kotlin/org/mobilemm/CharacterClasses.kt"
+SWIFT = ROOT / "ios_demo/MobileMMKit/Sources/MobileMMKit/CharacterClasses.swift"
 CODE_POINTS = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
 PIECE = 4096
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -70,15 +72,15 @@ def packed(points: set[int]) -> str:
     return " ".join(words)
 
 
-def kotlin_string(text: str) -> str:
+def lines_of(text: str) -> list[str]:
+    """Lines of whole words; each but the last ends with a space."""
     lines, line = [], ""
     for word in text.split(" "):
         if len(line) + len(word) > 96:
             lines.append(line)
             line = ""
         line += word + " "
-    lines.append(line.rstrip())
-    return " +\n".join(f'            "{line}"' for line in lines)
+    return [*lines, line.rstrip()]
 
 
 def main() -> None:
@@ -88,11 +90,18 @@ def main() -> None:
         "DIGITS": digits(),
         "SPACES": matching(r"\s"),
     }
+    write_kotlin({name: lines_of(packed(points)) for name, points in tables.items()})
+    write_swift({name.lower(): lines_of(packed(points)) for name, points in tables.items()})
+
+
+def write_kotlin(tables: dict[str, list[str]]) -> None:
+    strings = {
+        name: " +\n".join(f'            "{line}"' for line in lines) for name, lines in tables.items()
+    }
     body = "\n\n".join(
-        f"    private val {name} =\n        unpack(\n{kotlin_string(packed(points))},\n        )"
-        for name, points in tables.items()
+        f"    private val {name} =\n        unpack(\n{text},\n        )" for name, text in strings.items()
     )
-    FILE.write_text(
+    KOTLIN.write_text(
         f"""package org.mobilemm
 
 /**
@@ -128,6 +137,56 @@ internal object CharacterClasses {{
     private fun unpack(text: String): IntArray {{
         var last = 0
         return text.split(' ').map {{ word -> last += word.toInt(36); last }}.toIntArray()
+    }}
+}}
+""",
+        encoding="utf-8",
+    )
+
+
+def write_swift(tables: dict[str, list[str]]) -> None:
+    body = "\n\n".join(
+        f'    private static let {name} = unpack(\n        """\n'
+        + "".join(f"        {line}\\\n" for line in lines[:-1])
+        + f'        {lines[-1]}\n        """)'
+        for name, lines in tables.items()
+    )
+    SWIFT.write_text(
+        f"""/// Letters, numbers and white space as Hugging Face's tokenizers class them, on every version of the system.
+///
+/// Written by scripts/write_character_classes.py; in `digits` is what the pre-tokenizer of that name cuts off.
+enum CharacterClasses {{
+{body}
+
+    /// `\\p{{L}}` of a tokenizer's regular expressions.
+    static func isLetter(_ scalar: Unicode.Scalar) -> Bool {{ holds(letters, scalar) }}
+
+    /// `\\p{{N}}`.
+    static func isNumber(_ scalar: Unicode.Scalar) -> Bool {{ holds(numbers, scalar) }}
+
+    /// What the pre-tokenizer `Digits` takes for one.
+    static func isDigit(_ scalar: Unicode.Scalar) -> Bool {{ holds(digits, scalar) }}
+
+    /// `\\s`.
+    static func isSpace(_ scalar: Unicode.Scalar) -> Bool {{ holds(spaces, scalar) }}
+
+    /// Whether one of the ranges, first and last point of each in turn, holds the point.
+    private static func holds(_ ranges: [UInt32], _ scalar: Unicode.Scalar) -> Bool {{
+        var (low, high) = (0, ranges.count / 2)
+        while low < high {{
+            let middle = (low + high) / 2
+            if ranges[2 * middle + 1] < scalar.value {{ low = middle + 1 }} else {{ high = middle }}
+        }}
+        return low < ranges.count / 2 && ranges[2 * low] <= scalar.value
+    }}
+
+    /// Distance to the range before, and length, of each range, in base 36.
+    private static func unpack(_ text: String) -> [UInt32] {{
+        var last: UInt32 = 0
+        return text.split(separator: " ").map {{ word in
+            last += UInt32(word, radix: 36)!
+            return last
+        }}
     }}
 }}
 """,

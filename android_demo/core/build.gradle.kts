@@ -25,7 +25,7 @@ dependencies {
 }
 
 tasks.test {
-    // Written by `python -m tests.android.vectors BUNDLE FOLDER`, in the folder above.
+    // Written by `python -m tests.phone_vectors BUNDLE FOLDER`, in the folder above.
     systemProperty("mobilemm.vectors", providers.gradleProperty("vectors").getOrElse("../../build/android/vectors"))
     systemProperty("mobilemm.bundle", providers.gradleProperty("bundle").getOrElse("../../build/android/bundle"))
     maxHeapSize = "2g"

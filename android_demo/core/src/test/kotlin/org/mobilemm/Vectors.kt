@@ -5,7 +5,7 @@ import java.nio.ByteBuffer
 import java.nio.ByteOrder
 import javax.imageio.ImageIO
 
-/** What the Python package has computed (`python -m tests.android.vectors`), and the bundle that it did it with. */
+/** What the Python package has computed (`python -m tests.phone_vectors`), and the bundle that it did it with. */
 object Vectors {
     val folder = File(System.getProperty("mobilemm.vectors") ?: error("-Dmobilemm.vectors=FOLDER is missing"))
     val bundleFolder = File(System.getProperty("mobilemm.bundle") ?: error("-Dmobilemm.bundle=FOLDER is missing"))

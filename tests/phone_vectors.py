@@ -1,6 +1,6 @@
-"""What the Android core's tests compare with, by the Python package; `make test-android` writes it.
+"""What the tests of both apps compare with, by the Python package; `make test-android` and `test-ios` write it.
 
-    python -m tests.android.vectors BUNDLE FOLDER
+    python -m tests.phone_vectors BUNDLE FOLDER
 
 Ids and streamed texts of generated strings by Hugging Face's tokenizers, pixels by Pillow, sampled tokens,
 manifests that are read or refused, damaged bundles, and what a bundle answers about pictures.
@@ -28,6 +28,7 @@ from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.manifest import Image as ImageRule
 from mobilemm.runtime.manifest import Prompt, Turn
 from mobilemm.runtime.manifest_check import parse_manifest
+from mobilemm.runtime.noise import normal
 from mobilemm.runtime.prompt import PromptTokenizer, render, with_marks
 from mobilemm.runtime.sampling import Sampler, Sampling
 from mobilemm.runtime.session import Session, rope_positions
@@ -36,7 +37,7 @@ from tests.runtime.test_hostile_bundles import DAMAGES
 from tests.runtime.tiny_bundle import tiny_manifest, write_parts
 
 STRINGS, QUESTIONS, DAMAGED = 1000, 50, 1000
-ENGLISH = Path(__file__).parents[1] / "assets" / "english.txt"
+ENGLISH = Path(__file__).parent / "assets" / "english.txt"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -329,6 +330,17 @@ def write_sampling(folder: Path) -> None:
     save(folder / "sampling.json", {"vocabulary": vocabulary, "cases": cases})
 
 
+def write_noise(folder: Path) -> None:
+    """Normal numbers of some seeds, in shapes that do not end with a block."""
+    cases = []
+    for seed in (0, 7, 2**31 + 12345, 2**64 - 1):
+        name = f"noise-{len(cases)}.f32"
+        (folder / name).write_bytes(normal(seed, (3, 5, 1667)).astype("<f4").tobytes())
+        # As a string: a seed may be larger than what JSON's readers hold exactly.
+        cases.append({"seed": str(seed), "shape": [3, 5, 1667], "file": name})
+    save(folder / "noise.json", cases)
+
+
 # --- manifests and bundles --------------------------------------------------------------------------------
 
 
@@ -513,6 +525,7 @@ def main() -> None:
     write_tokenizers(arguments.bundle, arguments.folder)
     write_images(arguments.folder)
     write_sampling(arguments.folder)
+    write_noise(arguments.folder)
     write_prompts(arguments.folder)
     write_damaged(arguments.folder)
     write_json_texts(arguments.folder)

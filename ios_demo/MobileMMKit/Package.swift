@@ -1,0 +1,30 @@
+// swift-tools-version: 6.0
+import PackageDescription
+
+// Core ML and ImageIO are the system's on Apple's platforms. On Linux pictures are decoded by libpng and
+// libjpeg-turbo, and models run on ONNX Runtime, whose library is opened when it is first used.
+let linux = TargetDependencyCondition.when(platforms: [.linux])
+
+let package = Package(
+    name: "MobileMMKit",
+    platforms: [.iOS(.v18), .macOS(.v15)],
+    products: [
+        .library(name: "MobileMMKit", targets: ["MobileMMKit"]),
+        .executable(name: "mobilemm-swift", targets: ["mobilemm-swift"]),
+    ],
+    targets: [
+        .systemLibrary(name: "COnnxRuntime"),
+        .systemLibrary(name: "CPng", providers: [.apt(["libpng-dev"])]),
+        .systemLibrary(name: "CTurboJpeg", providers: [.apt(["libturbojpeg0-dev"])]),
+        .target(
+            name: "MobileMMKit",
+            dependencies: [
+                .target(name: "COnnxRuntime", condition: linux),
+                .target(name: "CPng", condition: linux),
+                .target(name: "CTurboJpeg", condition: linux),
+            ]),
+        .executableTarget(name: "mobilemm-swift", dependencies: ["MobileMMKit"]),
+        .testTarget(name: "MobileMMKitTests", dependencies: ["MobileMMKit"]),
+    ],
+    swiftLanguageModes: [.v6]
+)

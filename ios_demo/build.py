@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Builds and tests the Swift package on Linux, with a Swift that is unpacked into build/ios.
+
+    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER [--sanitize address] [-- swift test's options]
+    python ios_demo/build.py run -- run BUNDLE --prompt TEXT
+
+Needs Debian's apt, and root or the right to make user namespaces. On a Mac, `swift test` and `swift run` do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from toolchain import BuildError, inside, unpack
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parent / "build" / "ios"
+ROOT = OUT / "toolchain"
+PACKAGE = HERE / "MobileMMKit"
+
+
+def onnxruntime_library() -> Path:
+    """The shared library that this Python's onnxruntime runs on: kernels differ between versions."""
+    found = find_spec("onnxruntime")
+    if found is None or not found.submodule_search_locations:
+        raise BuildError("onnxruntime is missing; `make setup` installs it")
+    libraries = sorted(Path(found.submodule_search_locations[0], "capi").glob("libonnxruntime.so*"))
+    if not libraries:
+        raise BuildError(f"{found.origin}: this onnxruntime brings no libonnxruntime.so")
+    return libraries[0]
+
+
+def swift(
+    command: str, *options: str, binds: Iterable[Path] = (), environment: dict[str, str] | None = None
+) -> None:
+    """`swift build`, `test` or `run` of the package."""
+    library = onnxruntime_library()
+    OUT.mkdir(parents=True, exist_ok=True)
+    unpack(ROOT)
+    inside(
+        ROOT,
+        ["swift", command, "--package-path", PACKAGE, "--scratch-path", OUT / "swift", *options],
+        cwd=PACKAGE,
+        binds=[HERE.parent, OUT, library.parent, *binds],
+        environment={"MOBILEMM_ONNXRUNTIME": str(library), "OMP_NUM_THREADS": "1", **(environment or {})},
+        shown=True,
+    )
+
+
+# Optimized, because pictures and hashes are computed by the megabyte; tests see what is internal all the same.
+OPTIMIZED = ("--configuration", "release", "-Xswiftc", "-enable-testing")
+
+
+def test(bundle: Path, vectors: Path, sanitize: str | None, options: Sequence[str]) -> None:
+    folders = {"MOBILEMM_BUNDLE": str(bundle.resolve()), "MOBILEMM_VECTORS": str(vectors.resolve())}
+    how = ("--sanitize", sanitize) if sanitize else OPTIMIZED
+    swift("test", *how, *options, binds=[bundle, vectors], environment=folders)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    testing = commands.add_parser("test", help="run the package's tests")
+    testing.add_argument("--bundle", type=Path, required=True)
+    testing.add_argument("--vectors", type=Path, required=True, help="what `python -m tests.phone_vectors` wrote")
+    testing.add_argument("--sanitize", choices=["address", "thread"])
+    testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
+    running = commands.add_parser("run", help="run mobilemm-swift")
+    running.add_argument("words", nargs="+", help="its arguments, behind --")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "test":
+            test(arguments.bundle, arguments.vectors, arguments.sanitize, arguments.options)
+        else:
+            places = [Path(word) for word in arguments.words if Path(word).exists()]
+            words = [str(Path(word).resolve()) if Path(word).exists() else word for word in arguments.words]
+            swift("run", *OPTIMIZED, "mobilemm-swift", *words, binds=places)
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
