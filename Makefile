@@ -52,7 +52,7 @@ install = { [ -x $(BIN)/uv ] && $(call try,$(BIN)/uv pip install --python $(BIN)
 	|| { echo "make: the packages could not be installed; the reason stands above" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup judges demo test android test-android lint typecheck format doctor
+.PHONY: help setup judges demo test android test-android test-ios lint typecheck format doctor
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F '|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -86,6 +86,13 @@ test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) #
 	$(BIN)/python android_demo/build.py test $(ANDROID_TESTS)
 	$(BIN)/python android_demo/build.py test-app $(ANDROID_TESTS)
 	$(BIN)/python -m pytest tests/android
+
+# The Swift package of the iOS demo: needs Debian's apt, which brings Swift and C libraries into a folder, once; they
+# run there with it as their root. It opens the ONNX Runtime that Python itself runs on.
+IOS := build/ios
+test-ios: $(STAMP) $(ANDROID)/bundle ## run the iOS demo's tests on Linux
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(IOS)/vectors
+	$(BIN)/python ios_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(IOS)/vectors
 
 $(ANDROID)/bundle: | $(STAMP)
 	$(BIN)/mobilemm export --target onnx --output $@ --force

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Builds and tests the Swift package on Linux, with a Swift that is unpacked into build/ios.
 
-    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER [--sanitize address] [-- swift test's options]
+    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER [--sanitize address] [-- OPTION…]
     python ios_demo/build.py run -- run BUNDLE --prompt TEXT
 
-Needs Debian's apt, and root or the right to make user namespaces. On a Mac, `swift test` and `swift run` do it.
+Needs Debian's apt, and root or the right to make user namespaces. On a Mac, `swift test` and `swift run` do
+it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def swift(
     )
 
 
-# Optimized, because pictures and hashes are computed by the megabyte; tests see what is internal all the same.
+# Optimized, because pictures and hashes are computed by the megabyte; tests still see what is internal.
 OPTIMIZED = ("--configuration", "release", "-Xswiftc", "-enable-testing")
 
 
@@ -62,11 +63,13 @@ def test(bundle: Path, vectors: Path, sanitize: str | None, options: Sequence[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     testing = commands.add_parser("test", help="run the package's tests")
     testing.add_argument("--bundle", type=Path, required=True)
-    testing.add_argument("--vectors", type=Path, required=True, help="what `python -m tests.phone_vectors` wrote")
+    testing.add_argument("--vectors", type=Path, required=True, help="by tests/phone_vectors.py")
     testing.add_argument("--sanitize", choices=["address", "thread"])
     testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
     running = commands.add_parser("run", help="run mobilemm-swift")

@@ -1,8 +1,9 @@
-"""Swift for Linux out of Debian's packages, unpacked into a folder: nothing is installed, and no container is needed.
+"""Swift for Linux out of Debian's packages, in a folder: nothing is installed, no container needed.
 
-The compiler, Swift's package manager and the C libraries that the tests need are those of one Debian release,
-fetched by this machine's own apt through a private configuration and unpacked beside each other. They run with
-that folder as their root, in a mount namespace of their own: when the command ends, its mounts are gone.
+The compiler, Swift's package manager and the C libraries that the tests need are those of one Debian
+release, fetched by this machine's own apt through a private configuration and unpacked beside each other.
+They run with that folder as their root, in a mount namespace of their own: when the command ends, its mounts
+are gone.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def unpack(root: Path) -> None:
     for folder in (root, draft):
         shutil.rmtree(folder, ignore_errors=True)
     apt = draft / "apt"
-    for folder in ("state/lists/partial", "cache/archives/partial", "etc/preferences.d", "etc/apt.conf.d"):
-        (apt / folder).mkdir(parents=True)
+    for name in ("state/lists/partial", "cache/archives/partial", "etc/preferences.d", "etc/apt.conf.d"):
+        (apt / name).mkdir(parents=True)
     (apt / "status").touch()
     (apt / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {debian_mirror()} {SUITE} main\n")
-    settings = {
+    settings: dict[str, str | Path] = {
         "Dir::State": apt / "state",
         "Dir::State::status": apt / "status",
         "Dir::Cache": apt / "cache",
@@ -87,7 +88,11 @@ def unpack(root: Path) -> None:
         "Acquire::Languages": "none",
         "Debug::NoLocking": "1",
     }
-    command = ["apt-get", "-qq", *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]
+    command = [
+        "apt-get",
+        "-qq",
+        *(word for key, value in settings.items() for word in ("-o", f"{key}={value}")),
+    ]
     print(f"fetching Swift {SWIFT} from Debian {SUITE}", flush=True)
     run([*command, "update"], tries=TRIES)
     run([*command, "--yes", "--download-only", "install", *PACKAGES], tries=TRIES)
@@ -144,7 +149,9 @@ def inside(
     assignments = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
     words = " ".join(shlex.quote(str(word)) for word in command)
     inner = f"cd {shlex.quote(str(cwd.resolve()))} && exec {words}" if cwd else f"exec {words}"
-    steps.append(f"exec chroot {shlex.quote(str(root))} /usr/bin/env -i {assignments} bash -c {shlex.quote(inner)}")
+    steps.append(
+        f"exec chroot {shlex.quote(str(root))} /usr/bin/env -i {assignments} bash -c {shlex.quote(inner)}"
+    )
     apart = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() != 0 else []), "bash", "-c"]
     if shown:
         code = subprocess.call([*apart, "\n".join(steps)], stdin=subprocess.DEVNULL)

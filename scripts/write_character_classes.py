@@ -95,9 +95,7 @@ def main() -> None:
 
 
 def write_kotlin(tables: dict[str, list[str]]) -> None:
-    strings = {
-        name: " +\n".join(f'            "{line}"' for line in lines) for name, lines in tables.items()
-    }
+    strings = {name: " +\n".join(f'            "{line}"' for line in lines) for name, lines in tables.items()}
     body = "\n\n".join(
         f"    private val {name} =\n        unpack(\n{text},\n        )" for name, text in strings.items()
     )
@@ -152,9 +150,9 @@ def write_swift(tables: dict[str, list[str]]) -> None:
         for name, lines in tables.items()
     )
     SWIFT.write_text(
-        f"""/// Letters, numbers and white space as Hugging Face's tokenizers class them, on every version of the system.
+        f"""/// Letters, numbers and white space as Hugging Face's tokenizers class them, on every system.
 ///
-/// Written by scripts/write_character_classes.py; in `digits` is what the pre-tokenizer of that name cuts off.
+/// Written by scripts/write_character_classes.py; in `digits` is what the pre-tokenizer of that name cuts.
 enum CharacterClasses {{
 {body}
 

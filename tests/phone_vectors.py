@@ -1,4 +1,4 @@
-"""What the tests of both apps compare with, by the Python package; `make test-android` and `test-ios` write it.
+"""What both apps' tests compare with, by the Python package; `make test-android`, `make test-ios` write it.
 
     python -m tests.phone_vectors BUNDLE FOLDER
 

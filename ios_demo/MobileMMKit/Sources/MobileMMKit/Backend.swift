@@ -9,7 +9,7 @@ public protocol Decoder: AnyObject {
     ///
     /// When it throws, the cache is what it was before. Throws ``MobileMMError`` when the cache would grow longer than
     /// the model's context, ``Cancelled`` when somebody has cancelled.
-    func decode(_ embeds: Tensor, positions: Tensor?) throws -> UnsafeBufferPointer<Float>
+    func decode(_ embeds: Tensor, positions: Tensor?) throws -> Values<Float>
 
     /// Forgets all positions from `length` on.
     func truncate(_ length: Int) throws

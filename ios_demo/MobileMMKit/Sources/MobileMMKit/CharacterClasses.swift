@@ -1,6 +1,6 @@
-/// Letters, numbers and white space as Hugging Face's tokenizers class them, on every version of the system.
+/// Letters, numbers and white space as Hugging Face's tokenizers class them, on every system.
 ///
-/// Written by scripts/write_character_classes.py; in `digits` is what the pre-tokenizer of that name cuts off.
+/// Written by scripts/write_character_classes.py; in `digits` is what the pre-tokenizer of that name cuts.
 enum CharacterClasses {
     private static let letters = unpack(
         """

@@ -64,7 +64,7 @@
             }
         }
 
-        func decode(_ embeds: Tensor, positions: Tensor?) throws -> UnsafeBufferPointer<Float> {
+        func decode(_ embeds: Tensor, positions: Tensor?) throws -> Values<Float> {
             let count = embeds.shape[1]
             let before = length
             if before + count > model.contextLength {
@@ -76,7 +76,7 @@
                     let range = start..<min(start + Self.chunk, count)
                     try run(try embeds.slice(axis: 1, range), try positions?.slice(axis: 2, range))
                 }
-                return UnsafeBufferPointer(logits.floats)
+                return logits.floats
             } catch {
                 if concatenated && length != before { try truncate(before) } else { length = before }
                 throw error
@@ -133,7 +133,7 @@
         /// The last position's logits in float32, wherever the graph leaves them.
         private func keepLast(_ found: Tensor) throws {
             let all = try found.toFloats().floats
-            _ = logits.floats.update(fromContentsOf: all[(all.count - model.vocabSize)...])
+            _ = logits.floats.write(all[(all.count - model.vocabSize)...])
         }
 
         private func cache(_ positions: Int) throws -> Tensor {
@@ -166,7 +166,7 @@
 
         private static func ones(_ count: Int) throws -> Tensor {
             let found = try Tensor(.int64, [count])
-            found.values(Int64.self).update(repeating: 1)
+            found.values(Int64.self).fill(1)
             return found
         }
     }

@@ -43,19 +43,19 @@ public struct Sampler {
 
     /// The token's id, for logits, of which those beyond `size` stand for nothing, and the ids of the prompt and of
     /// the answer so far.
-    public mutating func choose(_ logits: UnsafeBufferPointer<Float>, size: Int, seen: [Int]) -> Int {
-        let logits = UnsafeBufferPointer(rebasing: logits[..<size])
-        if sampling.temperature <= 0 && sampling.repetitionPenalty == 1 { return Self.largest(logits) }
-        scores = Array(logits)
+    public mutating func choose(_ logits: Values<Float>, size: Int, seen: [Int]) -> Int {
+        if sampling.temperature <= 0 && sampling.repetitionPenalty == 1 { return Self.largest(logits, size: size) }
+        scores = Array(logits.prefix(size))
         if sampling.repetitionPenalty != 1 { penalize(seen) }
-        if sampling.temperature <= 0 { return scores.withUnsafeBufferPointer(Self.largest) }
+        if sampling.temperature <= 0 { return Self.largest(scores, size: size) }
         return draw()
     }
 
     /// The first of the largest.
-    static func largest(_ logits: UnsafeBufferPointer<Float>) -> Int {
+    static func largest<Logits: RandomAccessCollection>(_ logits: Logits, size: Int) -> Int
+    where Logits.Element == Float, Logits.Index == Int {
         var (best, most) = (0, logits[0])
-        for id in 1..<logits.count where logits[id] > most { (best, most) = (id, logits[id]) }
+        for id in 1..<size where logits[id] > most { (best, most) = (id, logits[id]) }
         return best
     }
 

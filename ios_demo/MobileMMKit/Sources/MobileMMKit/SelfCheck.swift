@@ -61,19 +61,17 @@ public actor SelfCheck {
             }
             let decoder = try backend.decoder()
             let logits = try decoder.decode(try embeds.toFloats(), positions: inputs["position_ids"])
-            ratios.append(snr(logits, UnsafeBufferPointer(try expected.toFloats().floats)))
+            ratios.append(snr(logits, try expected.toFloats().floats))
         } else {
             let found = try backend.run(golden.part, inputs)
             for (name, expected) in wanted {
                 let output = try output(name, of: golden.part, in: found)
                 let wanted = try expected.toFloats()
                 let sameShape = output.shape == wanted.shape
-                ratios.append(
-                    sameShape ? snr(UnsafeBufferPointer(output.floats), UnsafeBufferPointer(wanted.floats)) : -maxDb)
+                ratios.append(sameShape ? snr(output.floats, wanted.floats) : -maxDb)
             }
             if let sums = try tensors["row_sums"]?.toFloats() {
-                let found = try rowSums()
-                ratios.append(found.withUnsafeBufferPointer { snr($0, UnsafeBufferPointer(sums.floats)) })
+                ratios.append(snr(try rowSums().floats, sums.floats))
             }
         }
         let worst = ratios.min()!
@@ -103,7 +101,7 @@ public actor SelfCheck {
     }
 
     /// Of each row of the embedding's table the sum: that no row was changed, also those that no prompt looks up.
-    private func rowSums() throws -> [Float] {
+    private func rowSums() throws -> Tensor {
         let model = bundle.manifest.model
         var sums: [Float] = []
         for start in stride(from: 0, to: model.vocabSize, by: 512) {
@@ -115,14 +113,14 @@ public actor SelfCheck {
                 sums.append(Float(sum))
             }
         }
-        return sums
+        return try Tensor(floats: sums, [model.vocabSize])
     }
 }
 
 private let maxDb = 200.0
 
 /// 10 log10 of the wanted energy over the error's, within ±200; -200 for another size or NaN.
-func snr(_ found: UnsafeBufferPointer<Float>, _ wanted: UnsafeBufferPointer<Float>) -> Double {
+func snr(_ found: Values<Float>, _ wanted: Values<Float>) -> Double {
     if found.count != wanted.count { return -maxDb }
     var (signal, noise) = (0.0, 0.0)
     for index in 0..<wanted.count {

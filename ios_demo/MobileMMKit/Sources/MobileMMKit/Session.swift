@@ -265,7 +265,7 @@ public actor Session {
     }
 
     /// Logits (vocabulary) behind the prompt, of which only what the cache lacks is run.
-    private func prefill(_ ids: [Int], _ pictures: [Picture], _ stats: inout Stats) throws -> UnsafeBufferPointer<Float> {
+    private func prefill(_ ids: [Int], _ pictures: [Picture], _ stats: inout Stats) throws -> Values<Float> {
         let clock = ContinuousClock()
         let decoder = decoder!
         var begun = clock.now
@@ -287,7 +287,7 @@ public actor Session {
             let every = ropePositions(ids, imageTokenId: model.imageTokenId, rows: grid[0], columns: grid[1])
             nextPosition = every.joined().max()! + 1
             let tensor = try Tensor(.int64, [3, 1, ids.count - start])
-            for (index, value) in every.flatMap({ $0[start...] }).enumerated() { tensor.values(Int64.self)[index] = Int64(value) }
+            _ = tensor.values(Int64.self).write(every.flatMap { $0[start...] }.map(Int64.init))
             positions = tensor
         }
         let logits = try feed(Array(ids[start...]), rows, positions)
@@ -308,7 +308,7 @@ public actor Session {
     }
 
     /// Appends to the cache; logits (vocabulary) behind the last id.
-    private func feed(_ ids: [Int], _ rows: Tensor?, _ positions: Tensor?) throws -> UnsafeBufferPointer<Float> {
+    private func feed(_ ids: [Int], _ rows: Tensor?, _ positions: Tensor?) throws -> Values<Float> {
         let embeds = try embed(backend, model, ids, rows)
         // Before the decoder has them: what is interrupted leaves too many here, never too few.
         cached += ids
@@ -319,7 +319,7 @@ public actor Session {
     private func textPosition() throws -> Tensor? {
         guard bundle.manifest.image?.positionGrid != nil else { return nil }
         let tensor = try Tensor(.int64, [3, 1, 1])
-        tensor.values(Int64.self).update(repeating: Int64(nextPosition))
+        tensor.values(Int64.self).fill(Int64(nextPosition))
         nextPosition += 1
         return tensor
     }
@@ -345,7 +345,7 @@ public actor Session {
         for tensor in tensors {
             let passed = min(skip, tensor.count)
             skip -= passed
-            at = all.floats[at...].update(fromContentsOf: tensor.floats[passed...])
+            at = all.floats.write(tensor.floats[passed...], from: at)
         }
         return all
     }

@@ -49,15 +49,14 @@ public final class Tensor: @unchecked Sendable {
 
     public var count: Int { shape.reduce(1, *) }
 
-    /// The numbers in place; valid as long as the tensor is. `Element` must be of the tensor's own size.
-    public func values<Element>(_: Element.Type) -> UnsafeMutableBufferPointer<Element> {
+    /// The numbers in place. `Element` must be of the tensor's own size.
+    public func values<Element>(_: Element.Type) -> Values<Element> {
         precondition(MemoryLayout<Element>.size == dtype.bytes, "a tensor of \(dtype.rawValue)")
-        return UnsafeMutableBufferPointer(
-            start: memory.baseAddress!.assumingMemoryBound(to: Element.self), count: count)
+        return Values(tensor: self)
     }
 
     /// Of a tensor of float32.
-    public var floats: UnsafeMutableBufferPointer<Float> {
+    public var floats: Values<Float> {
         precondition(dtype == .float32, "a tensor of \(dtype.rawValue)")
         return values(Float.self)
     }
@@ -78,7 +77,50 @@ public final class Tensor: @unchecked Sendable {
     }
 }
 
+/// A tensor's numbers in place; they keep it alive.
+public struct Values<Element>: RandomAccessCollection {
+    private let tensor: Tensor
+    private let memory: UnsafeMutableBufferPointer<Element>
+
+    fileprivate init(tensor: Tensor) {
+        self.tensor = tensor
+        let start = tensor.memory.baseAddress!.assumingMemoryBound(to: Element.self)
+        memory = UnsafeMutableBufferPointer(start: start, count: tensor.count)
+    }
+
+    public var startIndex: Int { 0 }
+    public var endIndex: Int { memory.count }
+
+    public subscript(index: Int) -> Element {
+        get { memory[index] }
+        nonmutating set { memory[index] = newValue }
+    }
+
+    public func withContiguousStorageIfAvailable<R>(_ body: (UnsafeBufferPointer<Element>) throws -> R) rethrows -> R? {
+        try withExtendedLifetime(tensor) { try body(UnsafeBufferPointer(memory)) }
+    }
+
+    func fill(_ value: Element) { memory.update(repeating: value) }
+
+    /// Writes them from `start` on; the place behind the last.
+    func write(_ values: some Sequence<Element>, from start: Int = 0) -> Int {
+        var at = start
+        for value in values {
+            memory[at] = value
+            at += 1
+        }
+        return at
+    }
+}
+
 extension Tensor {
+    /// A tensor of float32 with these numbers.
+    convenience init(floats: [Float], _ shape: [Int]) throws {
+        try self.init(.float32, shape)
+        precondition(floats.count == count, "\(floats.count) numbers for a shape of \(shape)")
+        _ = self.floats.write(floats)
+    }
+
     /// The same numbers in float32; itself where it has them.
     func toFloats() throws -> Tensor {
         if dtype == .float32 { return self }

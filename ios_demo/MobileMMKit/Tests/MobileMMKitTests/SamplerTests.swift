@@ -16,7 +16,8 @@ final class SamplerTests: XCTestCase {
             var seen = [5, 6, vocabulary + 1]
             for (step, wanted) in one.ints("tokens").enumerated() {
                 let row = Array(logits[step % 8 * vocabulary..<(step % 8 + 1) * vocabulary])
-                let token = row.withUnsafeBufferPointer { sampler.choose($0, size: vocabulary, seen: seen) }
+                let token = sampler.choose(
+                    try Tensor(floats: row, [vocabulary]).floats, size: vocabulary, seen: seen)
                 XCTAssertEqual(token, wanted, "\(sampling), step \(step)")
                 seen.append(token)
             }
