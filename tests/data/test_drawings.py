@@ -1,0 +1,45 @@
+"""Requests for drawings: each caption once as it is, once changed, and one question that is no request."""
+
+from __future__ import annotations
+
+from mobilemm.data.drawings import HELD_OUT_QUESTIONS, HELD_OUT_REQUESTS, QUESTIONS, REQUESTS, drawing_rows, seen_rows
+from mobilemm.data.pairs import Pair
+
+CAPTIONS = ["red apple", "cat", "owl", "scissors"]
+PAIRS = [
+    Pair(f"{name}.png", name, ("food-fruit",), name.split()[-1], "test", "public domain", "train")
+    for name in [*CAPTIONS, "cat"]
+]
+
+
+def test_captions_are_asked_for_and_talked_about() -> None:
+    rows = list(drawing_rows(PAIRS))
+    assert len(rows) == 3 * len(CAPTIONS)
+    drawn = [row["messages"][1]["content"][0]["caption"] for row in rows if _draws(row)]
+    assert drawn[::2] == CAPTIONS
+    assert all(plain in other and plain != other for plain, other in zip(drawn[::2], drawn[1::2], strict=True))
+    for row in rows:
+        asked, answer = (message["content"] for message in row["messages"])
+        assert "{" not in asked
+        if _draws(row):
+            assert answer[0]["caption"] in asked
+        else:
+            assert answer
+            assert "{" not in answer
+    assert rows == list(drawing_rows(PAIRS))
+    assert rows != list(drawing_rows(PAIRS, seed=1))
+
+
+def test_pictures_are_drawn_again() -> None:
+    rows = list(seen_rows(PAIRS))
+    assert [row["images"] for row in rows] == [[pair.image] for pair in PAIRS]
+    assert [row["messages"][1]["content"][0]["caption"] for row in rows] == [pair.caption for pair in PAIRS]
+
+
+def test_words_for_tests_are_not_those_for_training() -> None:
+    assert not set(HELD_OUT_REQUESTS) & set(REQUESTS)
+    assert not set(HELD_OUT_QUESTIONS) & {question for question, _ in QUESTIONS}
+
+
+def _draws(row: dict[str, object]) -> bool:
+    return not isinstance(row["messages"][1]["content"], str)  # type: ignore[index]
