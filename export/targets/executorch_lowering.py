@@ -58,6 +58,8 @@ def _lowered(module: nn.Module, delegated: bool) -> nn.Module | None:
         return LinearResidualNorm(module.weight, module.eps)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LinearLayerNorm(module)
+    if type(module) is nn.GroupNorm:
+        return LinearGroupNorm(module)
     # Over channels: those of timm, and of MobileVLM V1.
     if isinstance(module, nn.LayerNorm) and type(module).__name__ in ("LayerNorm2d", "ChannelLayerNorm"):
         return ChannelLayerNorm(module)
@@ -122,6 +124,26 @@ class LinearLayerNorm(nn.Module):
         if self.weight is not None:
             normed = normed * self.weight
         return normed if self.bias is None else normed + self.bias
+
+
+class LinearGroupNorm(nn.Module):
+    """`nn.GroupNorm` of (n, channels, …), its means matrix products."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(x.shape[0], self.groups, -1)
+        ones = torch.full((1, rows.shape[2]), 1 / rows.shape[2])
+        centred = rows - F.linear(rows, ones)
+        normed = centred * torch.rsqrt(F.linear(centred * centred, ones) + self.eps)
+        normed = normed.reshape(x.shape)
+        if self.weight is None:
+            return normed
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return normed * self.weight.view(shape) + self.bias.view(shape)
 
 
 class ChannelLayerNorm(LinearLayerNorm):

@@ -16,8 +16,14 @@ from mobilemm.runtime.manifest import Manifest, Part, Tensor
 from mobilemm.runtime.manifest_check import AGAIN, shown
 from mobilemm.runtime.pte import Method, PteError, TensorType, Value, read_pte
 
-METHODS = {"vision": "vision_encoder", "embed": "token_embedding", "decoder": "text_decoder"}
-"""Part → method, as ExecuTorch's own multimodal runner names it."""
+METHODS = {
+    "vision": "vision_encoder",
+    "embed": "token_embedding",
+    "decoder": "text_decoder",
+    "output_projector": "output_projector",
+    "generator": "generator",
+}
+"""Part → method, as ExecuTorch's own multimodal runner names it; it knows none that draws."""
 
 NAMESPACES = ("aten", "llama", "quantized_decomposed", "dim_order_ops", "executorch_prim")
 BACKENDS = ("XnnpackBackend", "CoreMLBackend", "VulkanBackend")

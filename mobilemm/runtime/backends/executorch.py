@@ -63,7 +63,8 @@ class ExecutorchBackend:
                 model.vocab_size,
             )
             return {output: rows}
-        raise MobileMMError(f"{self.bundle.folder}: part {part!r} is unknown to ExecuTorch bundles")
+        wanted = [tensor.name for tensor in self.bundle.manifest.parts[part].inputs]
+        return {output: program(METHODS[part], *(inputs[name] for name in wanted))}
 
     def decoder(self) -> ExecutorchDecoder:
         """Each has a program of its own: keys and values are part of it."""

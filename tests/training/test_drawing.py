@@ -1,0 +1,136 @@
+"""Learning to draw on a tiny model: what moves, what stays, and that signals come when asked for, and only then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mobilemm
+from mobilemm.errors import MobileMMError
+from mobilemm.generation import conditions
+from mobilemm.training.drawing import condition_distance
+from mobilemm.training.recipe import Recipe
+from mobilemm.training.stage import check, train
+from tests.generation.tiny_generator import write_generator
+
+CAPTIONS = ("red", "green", "blue", "black")
+DRAWING = {"signal_tokens": 2, "projector": {"type": "mlp", "hidden": 32}, "condition_weight": 10}
+
+
+def _encoder(folder: Path, name: str) -> conditions.ConditionEncoder:
+    """A condition for each of the captions, as far apart as can be."""
+    table = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(3)))[0]
+    return lambda texts: torch.stack([table[CAPTIONS.index(text)].view(3, 16) for text in texts])
+
+
+@pytest.fixture
+def recipe(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Recipe]:
+    monkeypatch.setattr("mobilemm.training.drawing.open_condition_encoder", _encoder)
+    rows = []
+    for caption in CAPTIONS:
+        drawing = {"type": "drawing", "caption": caption}
+        for request in ("and", "yes and"):
+            rows.append([f"{request} {caption}", [drawing]])
+        rows.append([f"is it {caption}", f"yes it is {caption}"])
+        rows.append([f"what is {caption}", f"it is {caption}"])
+    path = tmp_path / "rows.json"
+    path.write_text(
+        json.dumps(
+            [
+                {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+                for a, b in rows
+            ]
+        )
+    )
+
+    def make(**values: Any) -> Recipe:
+        generator = tmp_path / "generator"
+        if not generator.exists():
+            write_generator(generator)
+        return make_recipe(
+            **{
+                "data": [{"format": "messages", "path": path}],
+                "train": {"signal_tokens": 3e-2, "output_projector": 1e-2},
+                "drawing": DRAWING | {"generator": generator},
+                "batch_size": 16,
+            }
+            | values
+        )
+
+    return make
+
+
+def test_signals_come_when_asked_for_and_say_what(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    # A random language model hardly tells requests from questions: it learns as well.
+    parts = {"signal_tokens": 1e-2, "output_projector": 1e-2, "language_model": 3e-3}
+    folder = train(recipe(max_steps=200, save_every=200, train=parts), lambda line: None)
+    model, processor = mobilemm.load(folder)
+    first = model.config.signal_token_ids[0]
+    wanted = _encoder(folder, "")(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        for question, draws in ((f"and {caption}", True), (f"what is {caption}", False)):
+            asked = [{"role": "user", "content": question}]
+            inputs = processor.apply_chat_template(asked, add_generation_prompt=True)
+            assert (int(model(**inputs).logits[0, -1].argmax()) == first) == draws
+            if draws:
+                drawn = [*asked, {"role": "assistant", "content": [{"type": "drawing", "caption": ""}]}]
+                ids = torch.tensor([processor.encode_for_training(drawn)[0]])
+                hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+                condition = model.output_projector(model.signal_states(ids, hidden))
+                distances = (condition - wanted).square().sum((1, 2))
+                assert int(distances.argmin()) == row
+    loss = json.loads((tmp_path / "run" / "result.json").read_text())["loss"]
+    assert loss[-1][1] < loss[0][1] / 4
+
+
+def test_what_is_frozen_stays_to_the_bit(
+    recipe: Callable[..., Recipe], model_folder: Path, tmp_path: Path
+) -> None:
+    first = train(recipe(max_steps=2), lambda line: None)
+    plain, drawing = load_file(model_folder / "model.safetensors"), load_file(first / "model.safetensors")
+    assert all(torch.equal(tensor, drawing[name]) for name, tensor in plain.items())
+    added = {name.split(".")[0] for name in drawing.keys() - plain.keys()}
+    assert added == {"signal_tokens", "output_projector"}
+    again = recipe(
+        model=str(first), output=tmp_path / "again", train={"signal_tokens": 1e-2}, max_steps=2
+    )
+    before = load_file(first / "model.safetensors")
+    after = load_file(train(again, lambda line: None) / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("signal_tokens.") for name in moved)
+
+
+def test_the_distance_is_the_papers() -> None:
+    torch.manual_seed(0)
+    found, wanted = torch.randn(5, 3, 16), torch.randn(5, 3, 16)
+    by_hand = sum(
+        float(((found[n, t] - wanted[n, t]) ** 2).sum()) for n in range(5) for t in range(3)
+    ) / (5 * 3)
+    assert float(condition_distance(found, wanted)) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_check_shows_signals_as_learned(recipe: Callable[..., Recipe]) -> None:
+    forecast = check(recipe(), lambda line: None)
+    assert {part.name for part in forecast.parts if part.trained} == {"signal_tokens", "output_projector"}
+
+
+def test_another_generators_shape_is_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    folder = train(recipe(max_steps=2), lambda line: None)
+    write_generator(tmp_path / "other", tokens=5)
+    other = recipe(model=str(folder), drawing=DRAWING | {"generator": tmp_path / "other"})
+    with pytest.raises(MobileMMError, match="5 × 16; the model's output projector gives 3 × 16"):
+        train(other, lambda line: None)
+
+
+def test_keys_that_need_each_other(make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ValueError, match=r"train\.signal_tokens: it learns with the key 'drawing'"):
+        make_recipe(train={"signal_tokens": 1e-3})
