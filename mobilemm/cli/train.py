@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mobilemm.training.generator.recipe import GeneratorRecipe
     from mobilemm.training.stage import Forecast
 
 
@@ -33,13 +34,37 @@ def train(
     read = read_recipe(recipe, overrides or [])
     os.environ.setdefault("TQDM_DISABLE", "1")
     from mobilemm.runtime.pytorch import quiet
-    from mobilemm.training import stage
+    from mobilemm.training.generator.recipe import GeneratorRecipe
 
     quiet()
+    if isinstance(read, GeneratorRecipe):
+        _train_generator(read, check)
+        return
+    from mobilemm.training import stage
+
     if check:
         _show(stage.check(read, report=lambda line: typer.echo(line, err=True)))
         return
     stage.train(read, report=lambda line: typer.echo(line, err=True))
+
+
+def _train_generator(recipe: GeneratorRecipe, check: bool) -> None:
+    import importlib.util
+
+    from mobilemm.errors import MobileMMError
+
+    if importlib.util.find_spec("diffusers") is None:
+        raise MobileMMError("generators need diffusers: pip install 'mobilemm[generation]'")
+    from mobilemm.training.generator import stage
+
+    def report(line: str) -> None:
+        typer.echo(line, err=True)
+
+    if not check:
+        stage.train(recipe, report)
+        return
+    for key, value in stage.check(recipe, report).items():
+        typer.echo(f"{key:<10}{value}")
 
 
 def _show(forecast: Forecast) -> None:

@@ -14,8 +14,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from mobilemm.data.images import open_image
 from mobilemm.data.templates import IMAGE, IMAGE_MARK, Message, Segment, Template, find_template
 from mobilemm.errors import MobileMMError
-from mobilemm.models.configuration import MobileMMConfig
 from mobilemm.models import signal_tokens
+from mobilemm.models.configuration import MobileMMConfig
 from mobilemm.models.modeling import IGNORE_INDEX
 
 

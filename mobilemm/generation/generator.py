@@ -36,7 +36,8 @@ class GeneratorSettings:
     """What mobilemm notes beside diffusers' own files, in `mobilemm_generator.json`.
 
     `steps` are those the model was distilled for; `guidance_scale` is 1 where guidance is within the weights;
-    `condition` names where the condition comes from, `condition_tokens` its length.
+    `condition` names where the condition comes from, `condition_tokens` its length. `gamma` is TCD's: 0 keeps
+    the noise, 1 renews all of it.
     """
 
     sampler: SamplerName = "ddim"
@@ -44,6 +45,7 @@ class GeneratorSettings:
     guidance_scale: float = 7.5
     condition: str = "text_encoder"
     condition_tokens: int = _CLIP_TOKENS
+    gamma: float = 0.3
 
 
 class Generator(nn.Module):
@@ -155,25 +157,41 @@ def load_generator(folder: Path | str, dtype: torch.dtype = torch.float32) -> Ge
     Raises MobileMMError naming what is missing, or is no latent diffusion model that mobilemm draws with.
     """
     folder = Path(folder)
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     unet = _read_json(folder / "unet" / "config.json")
-    vae = _read_json(folder / "vae" / "config.json")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     _expect(folder / "unet", unet, ("UNet2DConditionModel",))
-    _expect(folder / "vae", vae, ("AutoencoderKL", "AutoencoderTiny"))
     try:
         _check({"in_channels": 4, "out_channels": 4} | unet, scheduler)
     except MobileMMError as error:
         raise MobileMMError(f"{folder}: {error}") from error
     settings = _read_settings(folder, scheduler, unet.get("time_cond_proj_dim") is not None)
     denoiser = _read_weights(UNet2DConditionModel, folder / "unet", dtype)
-    kind = AutoencoderKL if vae["_class_name"] == "AutoencoderKL" else AutoencoderTiny
-    autoencoder = _read_weights(kind, folder / "vae", dtype)
+    autoencoder = load_autoencoder(folder / "vae", dtype)
     try:
         return Generator(denoiser, autoencoder, scheduler, settings).eval()
     except MobileMMError as error:
         raise MobileMMError(f"{folder}: {error}") from error
+
+
+def load_autoencoder(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    """AutoencoderKL or AutoencoderTiny from its folder, as `vae/` of a generator is one."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    _expect(folder, config, ("AutoencoderKL", "AutoencoderTiny"))
+    kind = AutoencoderKL if config["_class_name"] == "AutoencoderKL" else AutoencoderTiny
+    return _read_weights(kind, folder, dtype).eval()
+
+
+def save_autoencoder(autoencoder: Any, folder: Path | str) -> Path:
+    """Writes an autoencoder alone, in diffusers' layout. The folder appears when it is whole."""
+    folder = Path(folder)
+    with whole_folder(folder) as writing:
+        _save_weights(autoencoder, writing, None)
+    return folder
 
 
 def save_generator(generator: Generator, folder: Path | str, dtype: torch.dtype | None = None) -> Path:
@@ -258,7 +276,7 @@ def _read_settings(folder: Path, scheduler: dict[str, Any], takes_scale: bool) -
     for key, value in values.items():
         if key not in known:
             raise MobileMMError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
-        expected = (int, float) if key == "guidance_scale" else type(known[key].default)
+        expected = (int, float) if key in ("guidance_scale", "gamma") else type(known[key].default)
         if not isinstance(value, expected) or isinstance(value, bool):
             raise MobileMMError(f"{path}: key {key!r}: {value!r} is of another kind than expected")
     settings = GeneratorSettings(**values)

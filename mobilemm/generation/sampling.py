@@ -22,8 +22,6 @@ from mobilemm.generation.generator import Generator
 ORIGINAL_STEPS = 50
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
-# TCD's γ when the scheduler's config says nothing: 0 is deterministic, 1 is LCM's full renewal of the noise.
-TCD_GAMMA = 0.3
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ class _Schedule:
         self.offset = int(config.get("steps_offset", 0))
         self.original_steps = int(config.get("original_inference_steps", ORIGINAL_STEPS))
         self.timestep_scaling = float(config.get("timestep_scaling", TIMESTEP_SCALING))
-        self.gamma = float(config.get("mobilemm_gamma", TCD_GAMMA))
+        self.gamma = generator.settings.gamma
 
     def alpha(self, timestep: float) -> float:
         """ᾱ, between two timesteps by σ interpolated, as Euler's method has it."""

@@ -18,54 +18,70 @@ from mobilemm.data.sources import Sample
 Report = Callable[[str], None]
 
 
-class Progress(TrainerCallback):
-    """Loss, tokens a second, memory and time left: a bar in a terminal, else lines."""
+class Meter:
+    """A run's steps, loss, memory and time left: a bar in a terminal, else lines."""
 
-    def __init__(self, report: Report, tokens_seen: Callable[[], int]) -> None:
-        self.report, self.tokens_seen = report, tokens_seen
-        self._bar: Any = None
+    def __init__(self, report: Report, total: int, done: int, shown: bool = True) -> None:
+        self.report, self.total, self.first = report, total, done
+        self.shown = shown
+        self._started = time.monotonic()
+        self._bar = self._new_bar() if shown and sys.stderr.isatty() else None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts the clock."""
-        self._started, self._first = time.monotonic(), state.global_step
-        if args.process_index == 0 and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+    def _new_bar(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self._bar.start()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        bar = Progress(*columns, console=Console(stderr=True))
+        self._task = bar.add_task("", total=self.total, completed=self.first)
+        bar.start()
+        return bar
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def move(self, done: int) -> None:
         """Moves the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
+            self._bar.update(self._task, completed=done)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Shows what was logged."""
-        if args.process_index or not logs or "loss" not in logs:
+    def tell(self, done: int, loss: float, seen: float, unit: str) -> None:
+        """Shows the loss; `seen` units (tokens, pictures) since the start make the rate."""
+        if not self.shown:
             return
         seconds = max(time.monotonic() - self._started, 1e-9)
-        done = state.global_step - self._first
-        rate = self.tokens_seen() / seconds
-        text = f"loss {logs['loss']:.3f}  {rate:,.0f} tok/s  {_peak_memory() / 1e9:.1f} GB"
+        text = f"loss {loss:.3f}  {seen / seconds:,.0f} {unit}/s  {_peak_memory() / 1e9:.1f} GB"
         if self._bar is not None:
             self._bar.update(self._task, description=text)
             return
-        left = (state.max_steps - state.global_step) * seconds / max(done, 1)
-        self.report(f"step {state.global_step}/{state.max_steps}  {text}  {_duration(left)} left")
+        left = (self.total - done) * seconds / max(done - self.first, 1)
+        self.report(f"step {done}/{self.total}  {text}  {_duration(left)} left")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def stop(self) -> None:
         """Takes the bar away."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class Progress(TrainerCallback):
+    """A meter beside transformers' Trainer."""
+
+    def __init__(self, report: Report, tokens_seen: Callable[[], int]) -> None:
+        self.report, self.tokens_seen = report, tokens_seen
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the clock."""
+        self._meter = Meter(self.report, state.max_steps, state.global_step, args.process_index == 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Moves the bar."""
+        self._meter.move(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Shows what was logged."""
+        if logs and "loss" in logs:
+            self._meter.tell(state.global_step, logs["loss"], self.tokens_seen(), "tok")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes the bar away."""
+        self._meter.stop()
 
 
 class Keepsakes(TrainerCallback):

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mobilemm.errors import MobileMMError
+from mobilemm.training.generator.recipe import GENERATOR_RECIPES, GeneratorRecipe
 
 
 class _Section(BaseModel):
@@ -163,8 +164,10 @@ class Recipe(_Section):
         return self
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from YAML, with `key=value` overrides (`train.projector=1e-4`, `data.0.weight=2`).
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | GeneratorRecipe:
+    """A recipe from YAML, a generator's if it has the key `stage`.
+
+    `overrides` are `key=value` (`train.projector=1e-4`, `data.0.weight=2`).
 
     Raises MobileMMError naming the file and the key that is missing, unknown or wrong.
     """
@@ -179,11 +182,15 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(values, override)
     try:
+        if "stage" in values:
+            generator_recipe: GeneratorRecipe = GENERATOR_RECIPES.validate_python(values)
+            return generator_recipe
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         # A number in place of a section is told by the section's own key.
-        key = ".".join(str(place) for place in first["loc"]) or "recipe"
+        places = first["loc"][1:] if "stage" in values else first["loc"]
+        key = ".".join(str(place) for place in places) or ("stage" if "stage" in values else "recipe")
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise MobileMMError(f"{path}: key {key!r}: {reason}") from error
 

@@ -57,7 +57,7 @@ def drawn_by_diffusers(
         for timestep in scheduler.timesteps:
             entering = scheduler.scale_model_input(latents, timestep)
             predicted = generator.denoiser(entering, timestep, condition, timestep_cond=cond).sample
-            kwargs = {"eta": sampling.TCD_GAMMA} if sampler == "tcd" else {}
+            kwargs = {"eta": generator.settings.gamma} if sampler == "tcd" else {}
             latents = scheduler.step(predicted, timestep, latents, **kwargs).prev_sample
     return latents
 

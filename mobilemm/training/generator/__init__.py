@@ -1,0 +1,1 @@
+"""Training of generators: autoencoder, teacher, and the distillations to a few steps."""
