@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -308,6 +309,8 @@ def _read_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     if not half and not any(path.is_file() for path in (plain, index, pickled)):
         raise MobileMMError(f"{folder}: no weights (diffusion_pytorch_model.safetensors or .bin)")
     variant = None if any(path.is_file() for path in (plain, index, pickled)) else "fp16"
+    # AutoencoderTiny writes two settings that it does not read, and warns of each.
+    logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)
     try:
         # Read whole, because a partial load would fill missing tensors with whatever lies in memory.
         model, report = kind.from_pretrained(

@@ -121,7 +121,8 @@ class _Loop:
         )
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.average = {name: value.detach().clone() for name, value in self.learned.items()}
+        averaged = self.learned if self.recipe.ema_decay else {}
+        self.average = {name: value.detach().clone() for name, value in averaged.items()}
         self.step = 0
         self.history: list[tuple[int, float]] = []
 
@@ -183,14 +184,14 @@ class _Loop:
 
     def averaged(self) -> Any:
         """The averaged weights are in the model while this context lasts, where a recipe has them."""
-        return _swapped(self.learned, self.average if self.recipe.ema_decay else {})
+        return _swapped(self.learned, self.average)
 
     def load(self, checkpoint: Path) -> None:
         """All that the run had when it wrote the checkpoint."""
         try:
             _copy_into(self.learned, load_file(checkpoint / _LEARNED))
             _copy_into(self.stage.objective.trailing(), load_file(checkpoint / _TRAILING))
-            _copy_into(self.average, load_file(checkpoint / _AVERAGE) if self.recipe.ema_decay else {})
+            _copy_into(self.average, load_file(checkpoint / _AVERAGE))
             states = torch.load(checkpoint / _OPTIMIZER, weights_only=True, map_location="cpu")
             self.optimizer.load_state_dict(states)
             state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
@@ -207,8 +208,7 @@ class _Loop:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_contiguous(self.learned), folder / _LEARNED)
         save_file(_contiguous(self.stage.objective.trailing()), folder / _TRAILING)
-        if self.recipe.ema_decay:
-            save_file(_contiguous(self.average), folder / _AVERAGE)
+        save_file(_contiguous(self.average), folder / _AVERAGE)
         torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
         state = {"step": self.step, "loss": self.history}
         (folder / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")

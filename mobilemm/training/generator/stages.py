@@ -160,7 +160,12 @@ def _consistency(recipe: ConsistencyRecipe, drawings: DrawingSet, report: Report
         from peft.utils import get_peft_model_state_dict
 
         updates = get_peft_model_state_dict(objective.learner)
-        StableDiffusionPipeline.save_lora_weights(run / "lora", unet_lora_layers=updates)
+        # With the scale, which readers take for 1 otherwise.
+        StableDiffusionPipeline.save_lora_weights(
+            run / "lora",
+            unet_lora_layers=updates,
+            unet_lora_adapter_metadata=objective.learner.peft_config["default"].to_dict(),
+        )
         merged = frozen_copy(objective.learner)
         merged.fuse_lora()
         merged.unload_lora()
