@@ -1,4 +1,4 @@
-"""The parts that draw: from the logits at the signal tokens to a condition, and from a condition to a picture."""
+"""The parts that draw: from logits at the signal tokens to a condition, from a condition to a picture."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export.split import SplitModel
 
 ROWS_PER_WIDTH = 4
-"""Words of the vocabulary, as many times the hidden width, whose logits tell the hidden state."""
+"""Words of the vocabulary, in hidden widths, whose logits tell the hidden state."""
 
 
 class OutputProjector(nn.Module):
     """Logits at the signal tokens → the generator's condition.
 
-    A decoder gives logits and no hidden states, on every runtime and to every runner. The head is a matrix with
-    far more rows than columns, so that some of its rows, inverted, give the state back: to the precision of
+    A decoder gives logits and no hidden states, on every runtime and to every runner. The head is a
+    matrix with far more rows than columns, so that some of its rows, inverted, give the state back: to the precision of
     float32, and without a second output. `read_through` says which rows.
 
     Shapes: (1, signal tokens, words) → (1, tokens, width); the words are the vocabulary's first.
@@ -44,7 +44,7 @@ class OutputProjector(nn.Module):
 
 
 def words_read(vocab_size: int, hidden_size: int) -> int:
-    """How many of the vocabulary's logits tell the hidden state. Raises MobileMMError when there are too few."""
+    """How many of the vocabulary's logits tell the hidden state. Raises MobileMMError for too few."""
     words = min(vocab_size, ROWS_PER_WIDTH * hidden_size)
     if words < hidden_size:
         raise MobileMMError(
@@ -57,7 +57,7 @@ def words_read(vocab_size: int, hidden_size: int) -> int:
 def with_signal_rows(
     config: Any, weights: Mapping[str, Tensor], signals: Any
 ) -> tuple[Any, dict[str, Tensor]]:
-    """A language model's config and weights with the signal tokens' rows in its table, and in an untied head."""
+    """A language model's config and weights, the signal tokens' rows in its table and in an untied head."""
     behind = signals.first + signals.count
     found = dict(weights)
     rows = {"model.embed_tokens.weight": signals.rows}
@@ -73,7 +73,8 @@ def with_signal_rows(
 class Pictures(nn.Module):
     """A generator as a part: condition and noise → a picture, every step and the decoder inside.
 
-    Shapes: (1, tokens, width), (1, noises, channels, height, width) → float32 (1, 3, height, width) in [0, 1].
+    Shapes: (1, tokens, width), (1, noises, channels, height, width) → float32 (1, 3, height, width) in
+    [0, 1].
     """
 
     def __init__(self, split: SplitModel, steps: int | None = None) -> None:

@@ -186,7 +186,7 @@ class QuantizedParts:
 
 
 def _per_channel(plan: PartPlan) -> PartPlan:
-    """The plan for convolutions, where at 8 bits each output channel has one scale, as runtimes have kernels."""
+    """The plan for convolutions, where at 8 bits an output channel has one scale, as kernels want it."""
     if plan.default.bits < 8 or plan.default.palette:
         return plan
     return replace(plan, default=replace(plan.default, block_size=None))

@@ -260,6 +260,7 @@ class ExecutorchTarget:
 def _stored(part: str, plan: PartPlan, open_blocks: bool) -> PartPlan:
     if part in DRAWING:  # XNNPACK computes with codes alone where activations are codes as well
         return PartPlan()
+
     def scheme(wanted: WeightScheme) -> WeightScheme:
         if wanted.bits == 6:
             raise MobileMMError(f"--target executorch: {part!r} in int6 is not possible; choose int4 or int8")

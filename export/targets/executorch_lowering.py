@@ -398,7 +398,18 @@ def attention(
     return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, heads))
 
 
+def normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
+    """`F.normalize` over the last dimension, its sum of squares a matrix product."""
+    if p != 2.0 or dim not in (-1, x.ndim - 1):
+        raise MobileMMError(
+            "vectors are made of length 1 over their last dimension alone, by --target executorch"
+        )
+    squares = F.linear(x * x, x.new_ones(1, x.shape[-1]))
+    return x * torch.rsqrt(squares + eps**2)
+
+
 FORMS: Mapping[Any, Callable[..., Tensor]] = {
     F.gelu: gelu,
+    F.normalize: normalize,
     F.scaled_dot_product_attention: attention,
 }

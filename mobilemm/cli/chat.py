@@ -47,7 +47,7 @@ def chat(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …; left out, the best there is.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, where MODEL is an adapter folder.")] = None,
 ) -> None:
-    """Show a model pictures and talk with it; asked for a drawing, it draws."""
+    """Show a model pictures, talk with it, have it draw."""
     from rich.console import Console
 
     from mobilemm.data.images import open_image

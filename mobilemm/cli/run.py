@@ -43,7 +43,7 @@ def run(
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Tell behind each answer how long it took.")] = False,
 ) -> None:
-    """Show a bundle pictures and talk with it; asked for a drawing, it draws. Needs neither torch nor transformers."""
+    """Show a bundle pictures, talk with it, have it draw. Needs neither torch nor transformers."""
     from rich.console import Console
 
     from mobilemm.runtime.backends import open_backend

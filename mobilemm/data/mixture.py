@@ -147,6 +147,7 @@ class Mixture(Dataset):  # type: ignore[type-arg]
         self.skipped: Counter[str] = Counter()
         self.features: Any = None  # a FeatureCache, where there is one
         self.conditions: Mapping[str, Tensor] = {}  # of drawings, by their captions
+        self.states: Mapping[str, Tensor] = {}  # of signal tokens, by their samples' names
 
     def __len__(self) -> int:
         return len(self.order)
@@ -173,6 +174,8 @@ class Mixture(Dataset):  # type: ignore[type-arg]
 
     def _encoded(self, sample: Sample) -> dict[str, Any]:
         encoded = encode(self.processor, sample, self.max_length)
+        if sample.name in self.states:
+            return self._item(encoded) | {"signal_states": self.states[sample.name]}
         if sample.rejected is None:
             return self._item(encoded)
         messages = (*sample.messages[:-1], {"role": "assistant", "content": sample.rejected})
@@ -244,7 +247,7 @@ def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[s
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     batch["logits_to_keep"] = (batch["labels"][:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-    for name in ("pixel_values", "vision_features", "conditions"):
+    for name in ("pixel_values", "vision_features", "conditions", "signal_states"):
         rows = [torch.as_tensor(item[name]) for item in items if name in item]
         if rows:
             batch[name] = torch.cat(rows)

@@ -237,7 +237,7 @@ def images_of(messages: Sequence[Message]) -> list[Any]:
 
 
 def drawings_of(messages: Sequence[Message]) -> list[str]:
-    """What the drawings of a conversation show: of each part {"type": "drawing", "caption": …} the caption."""
+    """What a conversation's drawings show: of each part {"type": "drawing", "caption": …} the caption."""
     return [
         str(part.get("caption"))
         for message in messages

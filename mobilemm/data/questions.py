@@ -35,7 +35,9 @@ def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0)
     and one whose answer is no; its image paths start in `pairs`. `count.jsonl`: how many things there are, on
     pictures made here of one to five copies. `draw.jsonl`: requests for pictures, and questions about the
     same things that are none; `redraw.jsonl`: requests to draw a picture again. The same pairs and seed give
-    the same rows; the folder appears when it is whole. Returns the number of rows of each. Raises MobileMMError when the folder exists.
+    the same rows; the folder appears when it is whole. Returns the number of rows of each.
+
+    Raises MobileMMError when the folder exists.
     """
     if folder.exists():
         raise MobileMMError(f"{folder}: it is there already; remove it, or give a new folder")

@@ -1,6 +1,6 @@
-"""What a generator's condition is of a text, τ_X(t) in the survey's words: by the encoder that it was trained with.
+"""What a generator's condition is of a text, τ_X(t) in the survey's words: by the encoder it was trained with.
 
-A phone never runs these encoders: there the condition comes from the output projector, which learns to give it.
+A phone never runs these encoders: there the output projector, which has learned it, gives the condition.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class SentenceEncoder:
 
 
 class TextEncoder:
-    """A diffusers folder's own `text_encoder` and `tokenizer` (CLIP): the last hidden states of all its tokens."""
+    """A diffusers folder's own `text_encoder` and `tokenizer` (CLIP): last hidden states of all tokens."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer, CLIPTextModel

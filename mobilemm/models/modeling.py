@@ -1,4 +1,4 @@
-"""MobileMM: vision encoder → projector → language model (→ output projector), on transformers' base classes."""
+"""MobileMM: vision encoder → projector → language model (→ output projector), on transformers' classes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Output projectors: hidden states of the signal tokens → the generator's condition, Θ_T→X in the survey's words.
+"""Output projectors: states of the signal tokens → the generator's condition, Θ_T→X in the survey's words.
 
-A new one is one class here and one line in `OUTPUT_PROJECTORS`. Each takes states (n, signal tokens, text_width)
-and gives (n, num_tokens, width): the shape in which the generator takes what its text encoder says, such as
-77 × 768 for Stable Diffusion 1.5 and 77 × 1024 for 2.
+A new one is one class here and one line in `OUTPUT_PROJECTORS`. Each takes last hidden states (n, signal
+tokens, text_width) and gives (n, num_tokens, width): the shape in which the generator takes what its text
+encoder says, such as 77 × 768 for Stable Diffusion 1.5 and 77 × 1024 for 2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Signal tokens: words of the model's own that ask for a picture, and whose states say which one.
 
-`[IMG0] … [IMGk-1]` stand in an answer where a picture shall be; the language model's last hidden states at their
-places are what the output projector reads, S_X in the survey's words (Zhang et al. 2024, arXiv 2401.13601,
-section 2.4; Koh et al. 2023, arXiv 2305.17216). The language model itself is left as it is: their rows lie here.
+`[IMG0] … [IMGk-1]` stand in an answer where a picture shall be; the language model's last hidden states
+at their places are what the output projector reads, S_X in the survey's words (Zhang et al. 2024, arXiv
+2401.13601, section 2.4; Koh et al. 2023, arXiv 2305.17216). The language model itself is left as it is: their
+rows lie here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MOST = 64
 
 
 class SignalTokens(nn.Module):
-    """Rows of the table and of the head for `count` ids from `first` on, in place of the language model's own.
+    """Rows of table and head for `count` ids from `first` on, in place of the language model's own.
 
     With `tied` one row serves as both, as in the language model.
     """

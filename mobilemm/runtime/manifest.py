@@ -194,8 +194,8 @@ class Generation(Strict):
 
     When the model says the first signal token, all of them are fed to it, whatever it would have said next.
     Their logits, of the vocabulary's first words only (as many as `signal_logits` has), go through
-    `output_projector`; `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width) in
-    [0, 1], is shown. The model goes on behind the last signal token.
+    `output_projector`; `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width)
+    in [0, 1], is shown. The model goes on behind the last signal token.
     """
 
     signal_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=64)]

@@ -106,6 +106,11 @@ class Drawing(_Section):
         default={"type": "transformer"}, description="of a model that has none yet; its type and options"
     )
     condition_weight: float = Field(ge=0, default=1.0, description="of L_mse beside the likelihood")
+    cache_states: bool = Field(
+        default=False,
+        description="run the language model once a sample, and learn L_mse alone: of an output projector that"
+        " learns by itself",
+    )
 
 
 class Recipe(_Section):
@@ -153,6 +158,11 @@ class Recipe(_Section):
             raise ValueError("cache_features: features can be kept only when train.vision_encoder is 0")
         if self.drawing is not None and self.preferences is not None:
             raise ValueError("drawing: preferences are learned by themselves")
+        learning = {name for name, part in self.train if part.learning_rate}
+        if self.drawing is not None and self.drawing.cache_states and learning != {"output_projector"}:
+            raise ValueError(
+                "drawing.cache_states: states can be kept only when train.output_projector alone learns"
+            )
         for name in ("signal_tokens", "output_projector"):
             if getattr(self.train, name).learning_rate and self.drawing is None:
                 raise ValueError(f"train.{name}: it learns with the key 'drawing' alone")

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mobilemm.data.mixture import Mixture, ScannedSource, collate, encode, plan, scan
 from mobilemm.data.sources import Sample, open_source
@@ -163,7 +164,13 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
     stage = prepare(recipe, report)
     if recipe.cache_features:
         _keep_features(stage, report)
+    states: Mapping[str, Tensor] = {}
+    if recipe.drawing is not None and recipe.drawing.cache_states:
+        from mobilemm.training.drawing import keep_states
+
+        states = keep_states(stage.model, stage.processor, stage.sources, run, report)
     mixture = _mixture(stage)
+    mixture.states = states
     if recipe.drawing is not None:
         from mobilemm.training.drawing import keep_conditions
 
@@ -282,6 +289,8 @@ def _shared_prefix(stage: Stage, mixture: Mixture) -> SharedPrefix | None:
 
     learns = stage.recipe.train.language_model.learning_rate > 0
     # Checkpointing runs layers a second time, and would add to the cache what is there already.
+    if mixture.states:  # the language model is not run at all
+        return None
     compares = stage.recipe.preferences is not None  # with a copy of the model, which has its own cache
     if learns or compares or stage.recipe.activation_checkpointing:
         return None

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from mobilemm.data.drawings import HELD_OUT_QUESTIONS, HELD_OUT_REQUESTS, QUESTIONS, REQUESTS, drawing_rows, seen_rows
+from mobilemm.data.drawings import (
+    HELD_OUT_QUESTIONS,
+    HELD_OUT_REQUESTS,
+    QUESTIONS,
+    REQUESTS,
+    drawing_rows,
+    seen_rows,
+)
 from mobilemm.data.pairs import Pair
 
 CAPTIONS = ["red apple", "cat", "owl", "scissors"]
@@ -17,7 +24,9 @@ def test_captions_are_asked_for_and_talked_about() -> None:
     assert len(rows) == 3 * len(CAPTIONS)
     drawn = [row["messages"][1]["content"][0]["caption"] for row in rows if _draws(row)]
     assert drawn[::2] == CAPTIONS
-    assert all(plain in other and plain != other for plain, other in zip(drawn[::2], drawn[1::2], strict=True))
+    assert all(
+        plain in other and plain != other for plain, other in zip(drawn[::2], drawn[1::2], strict=True)
+    )
     for row in rows:
         asked, answer = (message["content"] for message in row["messages"])
         assert "{" not in asked

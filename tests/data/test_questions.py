@@ -11,8 +11,8 @@ from PIL import Image
 
 from mobilemm.data.pairs import Pair
 from mobilemm.data.questions import NUMBERS, about_pictures, several, write_questions
-from mobilemm.data.things import with_article
 from mobilemm.data.sources import open_source
+from mobilemm.data.things import with_article
 from mobilemm.errors import MobileMMError
 
 THINGS = ["red apple", "cat", "owl", "scissors", "boat", "glass", "blue book with a pen on it", "green leaf"]

@@ -1,4 +1,4 @@
-"""Signal tokens and output projectors: what a model that draws has more than another, and nothing else changed."""
+"""Signal tokens and output projectors: what a model that draws has more than others."""
 
 from __future__ import annotations
 

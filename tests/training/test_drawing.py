@@ -1,4 +1,4 @@
-"""Learning to draw on a tiny model: what moves, what stays, and that signals come when asked for, and only then."""
+"""Learning to draw on a tiny model: what moves, what stays, and when signals come."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def test_what_is_frozen_stays_to_the_bit(
     assert all(torch.equal(tensor, drawing[name]) for name, tensor in plain.items())
     added = {name.split(".")[0] for name in drawing.keys() - plain.keys()}
     assert added == {"signal_tokens", "output_projector"}
-    again = recipe(
-        model=str(first), output=tmp_path / "again", train={"signal_tokens": 1e-2}, max_steps=2
-    )
+    again = recipe(model=str(first), output=tmp_path / "again", train={"signal_tokens": 1e-2}, max_steps=2)
     before = load_file(first / "model.safetensors")
     after = load_file(train(again, lambda line: None) / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -112,9 +110,9 @@ def test_what_is_frozen_stays_to_the_bit(
 def test_the_distance_is_the_papers() -> None:
     torch.manual_seed(0)
     found, wanted = torch.randn(5, 3, 16), torch.randn(5, 3, 16)
-    by_hand = sum(
-        float(((found[n, t] - wanted[n, t]) ** 2).sum()) for n in range(5) for t in range(3)
-    ) / (5 * 3)
+    by_hand = sum(float(((found[n, t] - wanted[n, t]) ** 2).sum()) for n in range(5) for t in range(3)) / (
+        5 * 3
+    )
     assert float(condition_distance(found, wanted)) == pytest.approx(by_hand, rel=1e-5)
 
 

@@ -111,7 +111,7 @@ def resolve_folder(path: str | Path | None) -> Path:
 
 
 def generator_folder(path: str | Path | None) -> Path | None:
-    """The folder of a model's generator, `generator/` in diffusers' layout beside config.json; None without."""
+    """A model's generator, the folder `generator/` in diffusers' layout beside config.json; None without."""
     folder = resolve_folder(path) / GENERATOR
     return folder if folder.is_dir() else None
 

@@ -38,7 +38,9 @@ def save(
     if name not in LAYOUTS:
         raise MobileMMError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}")
     if model.config.signal_token_ids and name != "mobilemm":
-        raise MobileMMError(f"layout {name!r} has no place for what draws in this model; write it as 'mobilemm'")
+        raise MobileMMError(
+            f"layout {name!r} has no place for what draws in this model; write it as 'mobilemm'"
+        )
     if target.exists():
         raise MobileMMError(f"{target}: it is there already; give a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
