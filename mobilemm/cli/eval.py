@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mobilemm.errors import MobileMMError
+
 
 def evaluate(
     model: Annotated[
@@ -15,13 +17,24 @@ def evaluate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", help="multiple-choice, yes-no, vqa or perplexity; may be given again."),
+        typer.Option(
+            "--task",
+            "-t",
+            help="multiple-choice, yes-no, vqa, perplexity, or drawing for a generator; may be given again.",
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the task's items; left out, the held-out set that ships.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many of them, drawn by the seed.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of drawing; may be given again. Left out, the generator's."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Of drawing: the first 64 pictures as a PNG, not picked.")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the score, or a list of them.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of a bundle's runtime.")] = None,
 ) -> None:
@@ -31,6 +44,11 @@ def evaluate(
     from mobilemm.evaluation.tasks import read_task
 
     tasks = task or ["multiple-choice"]
+    if "drawing" in tasks:
+        if len(tasks) > 1:
+            raise MobileMMError("--task drawing is for a generator, and stands alone")
+        _evaluate_drawings(model, steps, limit, seed, sheet, json)
+        return
     for name in tasks:  # before anything heavy is read
         read_task(name, data)
     console = Console(stderr=True)
@@ -59,3 +77,35 @@ def evaluate(
         found = [score.to_json() for score in scores]
         text = json_format.dumps(found[0] if len(found) == 1 else found, indent=2)
         json.write_text(text + "\n", encoding="utf-8")
+
+
+def _evaluate_drawings(
+    model: str | None,
+    steps: list[int] | None,
+    limit: int | None,
+    seed: int,
+    sheet: Path | None,
+    json: Path | None,
+) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("loading") as status:
+        from mobilemm.evaluation.drawing import evaluate_drawings
+        from mobilemm.models.checkpoints.default import shipped_files
+        from mobilemm.runtime.pytorch import quiet
+
+        quiet()
+        folder = Path(model) if model is not None else shipped_files() / "generator"
+
+        def told(done: int, total: int) -> None:
+            status.update(f"drawing: {done} of {total}")
+
+        score = evaluate_drawings(folder, steps, limit, seed, sheet, told)
+    shares = ", ".join(f"{share:.3f} in {count} steps" for count, share in score.top5.items())
+    typer.echo(
+        f"drawing: right name in the top 5 of 50: {shares}, of {score.samples}; real pictures"
+        f" {score.real:.3f}, at 64 pixels {score.real_small:.3f}; chance {score.chance:.3f}"
+    )
+    if json is not None:
+        json.write_text(json_format.dumps(score.to_json(), indent=2) + "\n", encoding="utf-8")

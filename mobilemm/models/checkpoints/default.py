@@ -79,6 +79,15 @@ def build_default(projector_state: dict[str, Tensor] | None = None) -> Any:
     return Loaded(model, make_processor(model, tokenizer, IMAGE_MEAN, IMAGE_STD))
 
 
+def pretrained_encoder() -> Any:
+    """EfficientNet-Lite0 alone: pictures (n, 3, H, W), (pixel − 127) / 128, → pooled features (n, 1280)."""
+    import timm
+
+    encoder = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    encoder.load_state_dict(_encoder_state())
+    return encoder.eval().to(memory_format=torch.channels_last)
+
+
 def _identity() -> str:
     """Short hash of everything the folder is made of."""
     digest = hashlib.sha256(str(FOLDER_VERSION).encode())

@@ -63,7 +63,11 @@ def train(recipe: GeneratorRecipe, report: Report = print) -> Path:
     kwargs = []
     if getattr(recipe, "fake_steps", 1) > 1:  # steps in which the student does not learn
         kwargs.append(DistributedDataParallelKwargs(find_unused_parameters=True))
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=kwargs)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Several processes meet over the CPU only where they are told so.
+    accelerator = Accelerator(
+        cpu=several and not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=kwargs
+    )
     main = accelerator.is_main_process
     report = report if main else lambda _: None
     torch.manual_seed(recipe.seed)
@@ -162,7 +166,7 @@ class _Loop:
             with accelerator.autocast(), _no_sync(self.objective, accelerator, last):
                 loss = self.objective(*batch)
                 accelerator.backward(loss / passes)
-            total += loss.item() / passes
+            total += float(accelerator.reduce(loss.detach(), "mean")) / passes
         norm = accelerator.clip_grad_norm_(list(self.learned.values()), recipe.max_grad_norm)
         if not math.isfinite(total) or (recipe.precision != "float16" and not math.isfinite(float(norm))):
             raise MobileMMError(
