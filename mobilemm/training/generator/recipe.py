@@ -76,6 +76,9 @@ class _LatentRecipe(GeneratorRecipe):
     conditions: int = Field(ge=1, le=3, default=3, description="ways to say a caption that are drawn from")
     name_share: float = Field(ge=0, le=1, default=0.7, description="how often it is the name alone")
     empty_share: float = Field(ge=0, le=1, default=0.1, description="how often there is no condition")
+    time_shift: float = Field(
+        gt=0, default=1.0, description="more than 1: more of the times are late ones, of much noise"
+    )
     condition_noise: float = Field(
         ge=0, default=0.008, description="deviation, at most: a projector's condition is not exact either"
     )
