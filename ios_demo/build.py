@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Builds and tests the Swift package on Linux, with a Swift that is unpacked into build/ios.
 
-    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER [--sanitize address] [-- OPTION…]
+    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER --coreml-bundle FOLDER --recording FOLDER
+                                   [--sanitize address] [-- OPTION…]
     python ios_demo/build.py run -- run BUNDLE --prompt TEXT
 
 Needs Debian's apt, and root or the right to make user namespaces. On a Mac, `swift test` and `swift run` do
@@ -56,10 +57,12 @@ def swift(
 OPTIMIZED = ("--configuration", "release", "-Xswiftc", "-enable-testing")
 
 
-def test(bundle: Path, vectors: Path, sanitize: str | None, options: Sequence[str]) -> None:
-    folders = {"MOBILEMM_BUNDLE": str(bundle.resolve()), "MOBILEMM_VECTORS": str(vectors.resolve())}
+def test(folders: dict[str, Path], sanitize: str | None, options: Sequence[str]) -> None:
+    """The tests, with the branches for Apple's systems compiled against stand-ins."""
     how = ("--sanitize", sanitize) if sanitize else OPTIMIZED
-    swift("test", *how, *options, binds=[bundle, vectors], environment=folders)
+    variables = {f"MOBILEMM_{name.upper()}": str(path.resolve()) for name, path in folders.items()}
+    variables["MOBILEMM_STAND_INS"] = "1"
+    swift("test", *how, *options, binds=folders.values(), environment=variables)
 
 
 def main() -> None:
@@ -70,6 +73,8 @@ def main() -> None:
     testing = commands.add_parser("test", help="run the package's tests")
     testing.add_argument("--bundle", type=Path, required=True)
     testing.add_argument("--vectors", type=Path, required=True, help="by tests/phone_vectors.py")
+    testing.add_argument("--coreml-bundle", type=Path, required=True)
+    testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of that")
     testing.add_argument("--sanitize", choices=["address", "thread"])
     testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
     running = commands.add_parser("run", help="run mobilemm-swift")
@@ -77,7 +82,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "test":
-            test(arguments.bundle, arguments.vectors, arguments.sanitize, arguments.options)
+            names = ("bundle", "vectors", "coreml_bundle", "recording")
+            folders = {name: getattr(arguments, name) for name in names}
+            test(folders, arguments.sanitize, arguments.options)
         else:
             places = [Path(word) for word in arguments.words if Path(word).exists()]
             words = [str(Path(word).resolve()) if Path(word).exists() else word for word in arguments.words]

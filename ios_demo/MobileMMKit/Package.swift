@@ -5,6 +5,10 @@ import PackageDescription
 // libjpeg-turbo, and models run on ONNX Runtime, whose library is opened when it is first used.
 let linux = TargetDependencyCondition.when(platforms: [.linux])
 
+// On Linux the branches for Apple's systems are compiled too when MOBILEMM_STAND_INS is set, against modules with the
+// names and signatures of Apple's (StandIns): `make test-ios` does so. Nothing of them is in what is built otherwise.
+let standIns = Context.environment["MOBILEMM_STAND_INS"] == nil ? [] : ["CoreML", "CoreVideo"]
+
 let package = Package(
     name: "MobileMMKit",
     platforms: [.iOS(.v18), .macOS(.v15)],
@@ -12,7 +16,9 @@ let package = Package(
         .library(name: "MobileMMKit", targets: ["MobileMMKit"]),
         .executable(name: "mobilemm-swift", targets: ["mobilemm-swift"]),
     ],
-    targets: [
+    targets: standIns.map { name in
+        .target(name: name, dependencies: name == "CoreVideo" ? [] : ["CoreVideo"], path: "StandIns/\(name)")
+    } + [
         .systemLibrary(name: "COnnxRuntime"),
         .systemLibrary(name: "CPng", providers: [.apt(["libpng-dev"])]),
         .systemLibrary(name: "CTurboJpeg", providers: [.apt(["libturbojpeg0-dev"])]),
@@ -22,7 +28,7 @@ let package = Package(
                 .target(name: "COnnxRuntime", condition: linux),
                 .target(name: "CPng", condition: linux),
                 .target(name: "CTurboJpeg", condition: linux),
-            ]),
+            ] + standIns.map { .target(name: $0, condition: linux) }),
         .executableTarget(name: "mobilemm-swift", dependencies: ["MobileMMKit"]),
         .testTarget(name: "MobileMMKitTests", dependencies: ["MobileMMKit"]),
     ],
