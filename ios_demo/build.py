@@ -3,6 +3,7 @@
 
     python ios_demo/build.py test --bundle FOLDER --vectors FOLDER --coreml-bundle FOLDER --recording FOLDER
                                    [--sanitize address] [-- OPTION…]
+    python ios_demo/build.py check
     python ios_demo/build.py run -- run BUNDLE --prompt TEXT
 
 Needs Debian's apt, and root or the right to make user namespaces. On a Mac, `swift test` and `swift run` do
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from download_server import serving
 from toolchain import BuildError, inside, unpack
 
 HERE = Path(__file__).resolve().parent
@@ -37,15 +39,19 @@ def onnxruntime_library() -> Path:
 
 
 def swift(
-    command: str, *options: str, binds: Iterable[Path] = (), environment: dict[str, str] | None = None
+    command: str,
+    *options: str,
+    scratch: str,
+    binds: Iterable[Path] = (),
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """`swift build`, `test` or `run` of the package."""
+    """`swift build`, `test` or `run` of the package; `scratch` names the folder of what is made."""
     library = onnxruntime_library()
     OUT.mkdir(parents=True, exist_ok=True)
     unpack(ROOT)
     inside(
         ROOT,
-        ["swift", command, "--package-path", PACKAGE, "--scratch-path", OUT / "swift", *options],
+        ["swift", command, "--package-path", PACKAGE, "--scratch-path", OUT / scratch, *options],
         cwd=PACKAGE,
         binds=[HERE.parent, OUT, library.parent, *binds],
         environment={"MOBILEMM_ONNXRUNTIME": str(library), "OMP_NUM_THREADS": "1", **(environment or {})},
@@ -62,7 +68,43 @@ def test(folders: dict[str, Path], sanitize: str | None, options: Sequence[str])
     how = ("--sanitize", sanitize) if sanitize else OPTIMIZED
     variables = {f"MOBILEMM_{name.upper()}": str(path.resolve()) for name, path in folders.items()}
     variables["MOBILEMM_STAND_INS"] = "1"
-    swift("test", *how, *options, binds=folders.values(), environment=variables)
+    scratch = f"tests-{sanitize}" if sanitize else "tests"
+    with serving(folders["bundle"]) as address:
+        variables["MOBILEMM_SERVER"] = address
+        swift("test", *how, *options, scratch=scratch, binds=folders.values(), environment=variables)
+
+
+# In the order in which they need each other.
+STAND_INS = (
+    *("CoreGraphics", "CoreVideo", "CoreML", "CryptoKit", "ImageIO", "os", "UniformTypeIdentifiers", "UIKit"),
+    *("SwiftUI", "PhotosUI", "Charts", "AppIntents"),
+)
+
+
+def check() -> None:
+    """Lints all Swift files, and type-checks those for Apple's systems, the app included, in Swift 6 mode."""
+    unpack(ROOT)
+    modules = OUT / "modules"
+    modules.mkdir(parents=True, exist_ok=True)
+    binds = [HERE.parent, OUT]
+    swiftc = ["swiftc", "-swift-version", "6", "-warnings-as-errors", "-I", str(modules)]
+
+    def module(name: str, folder: Path, *options: str) -> None:
+        words = ["-emit-module", "-parse-as-library", "-module-name", name]
+        words += ["-o", str(modules / f"{name}.swiftmodule")]
+        inside(ROOT, [*swiftc, *words, *options, *sorted(folder.glob("*.swift"))], binds=binds)
+
+    for name in STAND_INS:
+        module(name, PACKAGE / "StandIns" / name)
+    module("MobileMMKit", PACKAGE / "Sources" / "MobileMMKit")
+    for folder in (PACKAGE / "Sources" / "mobilemm-swift", HERE / "App" / "MobileMM"):
+        files = sorted(folder.glob("*.swift"))
+        inside(ROOT, [*swiftc, "-typecheck", "-parse-as-library", *files], binds=binds)
+        print(f"type-checked in Swift 6 mode: {folder.relative_to(HERE)} ({len(files)} files)", flush=True)
+    lint = ["swift-format", "lint", "--strict", "--recursive", "--configuration", ".swift-format"]
+    folders = ["App", *(f"MobileMMKit/{name}" for name in ("Package.swift", "Sources", "Tests"))]
+    inside(ROOT, [*lint, *folders], cwd=HERE, binds=binds)
+    print("swift-format: nothing to say")
 
 
 def main() -> None:
@@ -77,18 +119,21 @@ def main() -> None:
     testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of that")
     testing.add_argument("--sanitize", choices=["address", "thread"])
     testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
+    commands.add_parser("check", help="lint, and type-check what is for Apple's systems against stand-ins")
     running = commands.add_parser("run", help="run mobilemm-swift")
     running.add_argument("words", nargs="+", help="its arguments, behind --")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "test":
+        if arguments.command == "check":
+            check()
+        elif arguments.command == "test":
             names = ("bundle", "vectors", "coreml_bundle", "recording")
             folders = {name: getattr(arguments, name) for name in names}
             test(folders, arguments.sanitize, arguments.options)
         else:
             places = [Path(word) for word in arguments.words if Path(word).exists()]
             words = [str(Path(word).resolve()) if Path(word).exists() else word for word in arguments.words]
-            swift("run", *OPTIMIZED, "mobilemm-swift", *words, binds=places)
+            swift("run", *OPTIMIZED, "mobilemm-swift", *words, scratch="swift", binds=places)
     except BuildError as error:
         sys.exit(f"error: {error}")
 

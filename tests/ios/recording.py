@@ -1,9 +1,9 @@
-"""A Core ML bundle's packages as they are, and a run of them: what the Swift package's stand-in for Core ML answers.
+"""A Core ML bundle's packages, and a run of them: what the Swift package's stand-in for Core ML answers.
 
     python -m tests.ios.recording BUNDLE PICTURES FOLDER
 
-Interfaces and operations come from the packages' specifications; the run is a conversation about two pictures,
-by Python's session on the reference interpreter of MIL. Each call is written down whole, its inputs and outputs.
+Interfaces and operations come from the packages' specifications; the run is a conversation about two
+pictures, by Python's session on the reference interpreter of MIL. Each call is written down whole.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def record(bundle: Bundle, pictures: Path, folder: Path) -> None:
         turns.append({"images": images, "text": text, "ids": session.answer_ids, "answer": answer})
     (folder / "calls.json").write_text(json.dumps(backend.calls))
     functions = [call["function"] for call in backend.calls if call["part"] == "decoder"]
-    assert functions.count("decode") >= 64 and any(name.startswith("prefill") for name in functions)
+    assert functions.count("decode") >= 64
+    assert any(name.startswith("prefill") for name in functions)
     (folder / "turns.json").write_text(json.dumps(turns, ensure_ascii=False), encoding="utf-8")
     print(f"recording: {len(backend.calls)} calls in {folder}")
 

@@ -118,6 +118,21 @@ public struct Prompt: Sendable {
     public let examples: [RenderedExample]
 }
 
+/// How a picture is drawn, in a bundle with the parts `output_projector` and `generator`.
+///
+/// When the model says the first signal token, all of them are fed to it, whatever it would have said next. Their
+/// logits, of the vocabulary's first words only (as many as `signal_logits` has), go through `output_projector`;
+/// `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width) in [0, 1], is shown. The model
+/// goes on behind the last signal token.
+public struct Generation: Sendable {
+    public let signalTokenIds: [Int]
+    public let height: Int
+    public let width: Int
+    public let steps: Int
+    /// Of the noise; its numbers are those of ``Noise``.
+    public let noiseShape: [Int]
+}
+
 /// Vectors to check a part by, and the least signal-to-noise ratio in dB that it must come within.
 public struct Golden: Sendable {
     public let file: String
@@ -153,8 +168,8 @@ public struct Manifest: Sendable {
     public let parts: [String: Part]
     public let image: ImageRule?
     public let prompt: Prompt
-    /// What a generator of pictures needs; nil in bundles that do not draw.
-    public let generation: JsonObject?
+    /// How a picture is drawn; nil in bundles that do not draw.
+    public let generation: Generation?
     public let golden: [Golden]
     public let conversations: [GoldenConversation]
     public let benchmarks: [JsonObject]

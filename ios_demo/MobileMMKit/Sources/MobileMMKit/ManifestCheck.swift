@@ -5,6 +5,7 @@ func checkAgreement(_ manifest: Manifest) throws {
     try fileFaults(manifest)
     try modelFaults(manifest)
     try tokenFaults(manifest)
+    try generationFaults(manifest)
     switch manifest.target {
     case "onnx": try onnxFaults(manifest)
     case "coreml": try coremlFaults(manifest)
@@ -104,6 +105,27 @@ private func tokenFaults(_ manifest: Manifest) throws {
                 "conversations.\(index)", "\(length) tokens do not fit a context of \(model.contextLength)")
         }
     }
+}
+
+/// Whether there is what a drawing needs, in sizes that agree.
+private func generationFaults(_ manifest: Manifest) throws {
+    guard let generation = manifest.generation else { return }
+    for id in generation.signalTokenIds where id >= manifest.model.vocabSize {
+        throw KeyFault(
+            "generation.signal_token_ids", "token \(id) is not in a vocabulary of \(manifest.model.vocabSize)")
+    }
+    guard let projector = manifest.parts["output_projector"], let generator = manifest.parts["generator"] else {
+        throw KeyFault("generation", "needs the parts 'output_projector' and 'generator'")
+    }
+    let count = generation.signalTokenIds.count
+    try tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", [1, count, nil])
+    let words = projector.inputs.first { $0.name == "signal_logits" }!.shape[2].size
+    if words == nil || words! > manifest.model.vocabSize {
+        throw KeyFault("parts.output_projector.inputs", "'signal_logits' has more words than the vocabulary")
+    }
+    let picture = [1, 3, generation.height, generation.width]
+    try tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
+    try tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
 }
 
 private let floats: [DType] = [.float32, .float16]

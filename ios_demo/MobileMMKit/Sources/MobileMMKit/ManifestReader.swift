@@ -232,7 +232,7 @@ private func manifest(_ of: Fields) throws -> Manifest {
         },
         image: try of.nullableFields("image").map { try whole($0, image) },
         prompt: try whole(try of.fields("prompt"), prompt),
-        generation: of.optional("generation") == nil ? nil : try of.object("generation"),
+        generation: try of.optionalFields("generation").map { try whole($0, generation) },
         golden: try of.list("golden") { try whole(try fieldsOf($0, $1), golden) },
         conversations: try of.list("conversations") { try whole(try fieldsOf($0, $1), conversation) },
         benchmarks: of.has("benchmarks") ? try of.list("benchmarks", each: objectOf) : [],
@@ -367,6 +367,20 @@ private func example(_ of: Fields) throws -> RenderedExample {
         rendered: try of.string("rendered"),
         inputIds: try of.tokenIds("input_ids")
     )
+}
+
+private func generation(_ of: Fields) throws -> Generation {
+    let noise = try of.fields("noise")
+    _ = try noise.oneOf("rule", [Noise.rule])
+    let found = Generation(
+        signalTokenIds: try of.list("signal_token_ids", 1...64) { try intOf($0, $1, tokens) },
+        height: try of.size("height"),
+        width: try of.size("width"),
+        steps: try of.size("steps"),
+        noiseShape: try noise.list("shape", 1...8) { try intOf($0, $1, 1...largestSize) }
+    )
+    try noise.end()
+    return found
 }
 
 private func golden(_ of: Fields) throws -> Golden {

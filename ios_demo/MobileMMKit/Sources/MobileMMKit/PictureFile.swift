@@ -42,6 +42,27 @@ public enum PictureFile {
             return try pixels(image).upright(orientation)
         }
 
+        /// Writes a PNG file. Throws ``MobileMMError`` naming it when that cannot be.
+        public static func write(_ picture: PixelRaster, to file: URL) throws {
+            guard let image = image(picture),
+                let target = CGImageDestinationCreateWithURL(file as CFURL, "public.png" as CFString, 1, nil)
+            else { throw MobileMMError("\(file.path): cannot be written") }
+            CGImageDestinationAddImage(target, image, nil)
+            if !CGImageDestinationFinalize(target) { throw MobileMMError("\(file.path): cannot be written") }
+        }
+
+        /// As the screen takes it.
+        public static func image(_ picture: PixelRaster) -> CGImage? {
+            let data = picture.pixels.withUnsafeBytes { Data($0) }
+            guard let provider = CGDataProvider(data: data as CFData) else { return nil }
+            let layout = CGImageAlphaInfo.first.rawValue | CGBitmapInfo.byteOrder32Little.rawValue
+            return CGImage(
+                width: picture.width, height: picture.height, bitsPerComponent: 8, bitsPerPixel: 32,
+                bytesPerRow: 4 * picture.width, space: CGColorSpace(name: CGColorSpace.sRGB)!,
+                bitmapInfo: CGBitmapInfo(rawValue: layout), provider: provider, decode: nil, shouldInterpolate: true,
+                intent: .defaultIntent)
+        }
+
         /// The pixels of a picture in memory.
         public static func pixels(_ image: CGImage) throws -> PixelRaster {
             let (width, height) = (image.width, image.height)
@@ -97,6 +118,18 @@ public enum PictureFile {
             }
             if done == 0 { throw MobileMMError("is a damaged PNG file") }
             return PixelRaster(width: width, height: height, pixels: pixels.map(UInt32.init(littleEndian:)))
+        }
+
+        /// Writes a PNG file. Throws ``MobileMMError`` naming it when that cannot be.
+        public static func write(_ picture: PixelRaster, to file: URL) throws {
+            var image = png_image()
+            image.version = UInt32(PNG_IMAGE_VERSION)
+            (image.width, image.height) = (UInt32(picture.width), UInt32(picture.height))
+            image.format = UInt32(PNG_FORMAT_FLAG_COLOR | PNG_FORMAT_FLAG_ALPHA | PNG_FORMAT_FLAG_BGR)
+            let bytes = picture.pixels.map(\.littleEndian)
+            if png_image_write_to_file(&image, file.path, 0, bytes, 0, nil) == 0 {
+                throw MobileMMError("\(file.path): cannot be written")
+            }
         }
 
         private static func jpeg(_ bytes: [UInt8]) throws -> PixelRaster {

@@ -20,11 +20,12 @@ func normalizer(_ value: Json?) throws -> (Scalars) -> Scalars {
 }
 
 func replacement(_ of: JsonObject) throws -> (Scalars) -> Scalars {
-    guard let pattern = try of.at("pattern")["String"]?.string?.scalars else {
-        throw UnknownTokenizer("'Replace' by a regular expression is not known here")
-    }
+    let pattern = try of.at("pattern")
     let content = try of.text("content")
-    return { replaced($0, pattern, by: content) }
+    if let literal = pattern["String"]?.string?.scalars { return { replaced($0, literal, by: content) } }
+    // What SentencePiece's models do to a space that a text begins with.
+    if pattern["Regex"]?.string == #"\A "# { return { $0.first == " " ? content + $0.dropFirst() : $0 } }
+    throw UnknownTokenizer("'Replace' by the regular expression \(pattern["Regex"]?.shown ?? "?") is not known here")
 }
 
 func replaced(_ text: Scalars, _ pattern: Scalars, by content: Scalars) -> Scalars {

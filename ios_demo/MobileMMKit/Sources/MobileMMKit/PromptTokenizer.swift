@@ -110,7 +110,7 @@ public final class PromptTokenizer {
     /// The text of ids, without special tokens.
     public func decode(_ ids: [Int]) -> String { tokenizer.decode(ids) }
 
-    func decoded(_ ids: [Int]) -> Scalars { tokenizer.decoded(ids) }
+    func decoded(_ ids: [Int], special: Bool = false) -> Scalars { tokenizer.decoded(ids, special: special) }
 
     private func encode(_ text: String, special: Bool) -> [Int] {
         let ids = tokenizer.encode(text, special: special)

@@ -18,6 +18,15 @@ public struct PixelRaster: Raster, Sendable, Equatable {
         (self.width, self.height, self.pixels) = (width, height, pixels)
     }
 
+    /// Planes (3, height, width) of red, green and blue from 0 to 1, rounded.
+    init(unit values: Values<Float>, width: Int, height: Int) {
+        let plane = width * height
+        func byte(_ index: Int) -> UInt32 { UInt32((min(max(values[index], 0), 1) * 255).rounded(.toNearestOrEven)) }
+        self.init(
+            width: width, height: height,
+            pixels: (0..<plane).map { 0xFF00_0000 | byte($0) << 16 | byte($0 + plane) << 8 | byte($0 + 2 * plane) })
+    }
+
     public func row(_ y: Int, into row: inout [UInt32]) {
         row.withUnsafeMutableBufferPointer { target in
             for x in 0..<width { target[x] = pixels[y * width + x] }

@@ -17,6 +17,26 @@ public struct Said: Sendable {
     }
 }
 
+/// A picture that the model has drawn.
+public struct Drawing: Sendable {
+    public let picture: PixelRaster
+    /// Of the noise that it was drawn from.
+    public let seed: UInt64
+    /// That output projector and generator took.
+    public let seconds: Double
+    /// The signal tokens as text, for the conversation's memory.
+    let signal: String
+}
+
+/// A part of an answer: whole characters that join to its text, or a picture.
+public enum Piece: Sendable {
+    case text(String)
+    case drawing(Drawing)
+
+    /// Empty for a picture.
+    public var text: String { if case .text(let text) = self { text } else { "" } }
+}
+
 /// What one answer took. Times in seconds; loading of parts is not part of the others.
 ///
 /// `ttft` is from the question to the first token, pictures included. The first token comes from the prefill, so
@@ -30,6 +50,7 @@ public struct Stats: Sendable {
     public internal(set) var prefillSeconds = 0.0
     public internal(set) var decodeSeconds = 0.0
     public internal(set) var ttft = 0.0
+    public internal(set) var drawingSeconds = 0.0
     public internal(set) var decodeSteps = 0
 
     init(promptTokens: Int) {
@@ -83,7 +104,8 @@ public actor Session {
     /// - Parameters:
     ///   - backend: what runs the bundle's parts; sessions that share one must not answer at the same time.
     ///   - system: a system prompt, where the model's template takes one.
-    ///   - keepVision: false gives the vision part's memory back behind each question about a new picture.
+    ///   - keepVision: false gives the vision part's memory back behind each question about a new picture, and that of
+    ///     the parts that draw behind each drawing.
     public init(
         _ bundle: ModelBundle, _ backend: any Backend, sampling: Sampling = Sampling(), system: String? = nil,
         keepVision: Bool = true
@@ -129,7 +151,7 @@ public actor Session {
         return Picture(pixels: pixels, key: Sha256.of(pixels))
     }
 
-    /// The answer to `text` in one piece; ends where it is when the task is cancelled. Throws as ``stream(_:)`` does.
+    /// The answer's text in one piece; ends where it is when the task is cancelled. Throws as ``stream(_:)`` does.
     public func reply(_ text: String) async throws -> String {
         let stop = Stop()
         return try await withTaskCancellationHandler {
@@ -145,7 +167,7 @@ public actor Session {
     /// is remembered, or, when nothing was, the turn is forgotten. Throws ``MobileMMError`` when the conversation no
     /// longer fits into the model's context, its template refuses it, or a part fails: then the conversation is what
     /// it was before, with the pictures still waiting.
-    public nonisolated func stream(_ text: String) -> AsyncThrowingStream<String, any Error> {
+    public nonisolated func stream(_ text: String) -> AsyncThrowingStream<Piece, any Error> {
         AsyncThrowingStream { continuation in
             let stop = Stop()
             continuation.onTermination = { [backend] reason in
@@ -179,19 +201,20 @@ public actor Session {
         }
     }
 
-    private func answer(_ text: String, _ stop: Stop, onPiece: @Sendable (String) -> Void) throws -> String {
+    private func answer(_ text: String, _ stop: Stop, onPiece: @Sendable (Piece) -> Void) throws -> String {
         let turn = Said(role: "user", text: text, pictures: pending)
-        var answer = ""
+        var (answer, memory) = ("", "")
         do {
             try speak(messages + [turn], stop) { piece in
-                answer += piece
+                answer += piece.text
+                if case .drawing(let drawing) = piece { memory += drawing.signal } else { memory += piece.text }
                 onPiece(piece)
             }
         } catch is Cancelled {
-            if answer.isEmpty { return "" }
+            if memory.isEmpty { return "" }
         }
         pending = []
-        messages += [turn, Said(role: "assistant", text: answer)]
+        messages += [turn, Said(role: "assistant", text: memory)]
         return answer
     }
 
@@ -207,7 +230,7 @@ public actor Session {
 
     // MARK: how it is computed
 
-    private func speak(_ messages: [Said], _ stop: Stop, onPiece: (String) -> Void) throws {
+    private func speak(_ messages: [Said], _ stop: Stop, onPiece: (Piece) -> Void) throws {
         backend.resume()
         try stop.check()
         let ids = try tokenizer.encode(
@@ -221,7 +244,7 @@ public actor Session {
     }
 
     private func generate(
-        _ ids: [Int], _ pictures: [Picture], room: Int, _ stop: Stop, onPiece: (String) -> Void
+        _ ids: [Int], _ pictures: [Picture], room: Int, _ stop: Stop, onPiece: (Piece) -> Void
     ) throws {
         let clock = ContinuousClock()
         var stats = Stats(promptTokens: ids.count)
@@ -233,17 +256,33 @@ public actor Session {
         begun = clock.now
         var logits = try prefill(ids, pictures, &stats)
         var sampler = Sampler(sampling)
-        var text = TextStream(tokenizer.decoded, stop: bundle.manifest.prompt.stop)
+        var text = TextStream({ [tokenizer] in tokenizer.decoded($0) }, stop: bundle.manifest.prompt.stop)
         var seen = ids
         var token = sampler.choose(logits, size: logitsSize, seen: seen)
         stats.ttft = (clock.now - begun).seconds
         let most = min(sampling.maxNewTokens, room)
+        let signals = bundle.manifest.generation?.signalTokenIds ?? []
         while !model.eosTokenIds.contains(token) {
+            if token == signals.first {
+                let rest = text.end()
+                if !rest.isEmpty { onPiece(.text(rest)) }
+                let drawing: Drawing
+                (drawing, logits) = try draw(bundle.manifest.generation!, stop)
+                seen += signals
+                answerIds += signals
+                stats.newTokens += signals.count
+                stats.drawingSeconds += drawing.seconds
+                onPiece(.drawing(drawing))
+                text = TextStream({ [tokenizer] in tokenizer.decoded($0) }, stop: bundle.manifest.prompt.stop)
+                if stats.newTokens >= most { break }
+                token = sampler.choose(logits, size: logitsSize, seen: seen)
+                continue
+            }
             seen.append(token)
             answerIds.append(token)
             stats.newTokens += 1
             let piece = text.put(token)
-            if !piece.isEmpty { onPiece(piece) }
+            if !piece.isEmpty { onPiece(.text(piece)) }
             if text.stopped || stats.newTokens == most { break }
             try stop.check()
             let step = clock.now
@@ -253,7 +292,32 @@ public actor Session {
             stats.decodeSteps += 1
         }
         let rest = text.end()
-        if !rest.isEmpty { onPiece(rest) }
+        if !rest.isEmpty { onPiece(.text(rest)) }
+    }
+
+    /// What the model draws at this place, and the logits (vocabulary) behind the signal tokens.
+    private func draw(_ generation: Generation, _ stop: Stop) throws -> (Drawing, Values<Float>) {
+        let words = bundle.manifest.parts["output_projector"]!.inputs.first { $0.name == "signal_logits" }!.shape[2].size!
+        let signals = try Tensor(.float32, [1, generation.signalTokenIds.count, words])
+        var at = 0
+        var logits: Values<Float>?
+        for id in generation.signalTokenIds {
+            try stop.check()
+            logits = try feed([id], nil, try textPosition())
+            at = signals.floats.write(logits!.prefix(words), from: at)
+        }
+        let begun = ContinuousClock.now
+        // A new one is short enough to be typed again.
+        let seed = sampling.seed ?? UInt64(UInt32.random(in: 0...UInt32.max))
+        var inputs = try backend.run("output_projector", ["signal_logits": signals])
+        inputs["noise"] = try Noise.normal(seed: seed, generation.noiseShape)
+        let picture = try output("picture", of: "generator", in: try backend.run("generator", inputs))
+        if !keepVision { for part in ["output_projector", "generator"] { backend.release(part) } }
+        let drawing = Drawing(
+            picture: PixelRaster(unit: picture.floats, width: generation.width, height: generation.height), seed: seed,
+            seconds: (ContinuousClock.now - begun).seconds,
+            signal: String(tokenizer.decoded(generation.signalTokenIds, special: true)))
+        return (drawing, logits!)
     }
 
     private func load(_ pictures: [Picture]) throws {

@@ -85,8 +85,8 @@ public final class Tokenizer {
     /// The text of ids, special tokens left out, and ids that stand for nothing.
     public func decode(_ ids: [Int]) -> String { String(decoded(ids)) }
 
-    func decoded(_ ids: [Int]) -> Scalars {
-        var words = ids.compactMap { id in tokens[id].flatMap { added.special.contains($0) ? nil : $0 } }
+    func decoded(_ ids: [Int], special: Bool = false) -> Scalars {
+        var words = ids.compactMap { id in tokens[id].flatMap { !special && added.special.contains($0) ? nil : $0 } }
         if decoders.isEmpty { return Scalars(words.joined(separator: [" "])) }
         for decode in decoders { words = decode(words) }
         return words.flatMap { $0 }

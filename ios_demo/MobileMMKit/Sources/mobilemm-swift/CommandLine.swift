@@ -9,10 +9,11 @@ import MobileMMKit
 
 private let usage = """
     mobilemm-swift run BUNDLE [--image FILE]… --prompt TEXT [--system TEXT] [--max-new-tokens N]
-                       [--temperature X] [--top-p X] [--top-k N] [--seed N] [--threads N]
+                       [--temperature X] [--top-p X] [--top-k N] [--seed N] [--threads N] [--out FILE.png]
     mobilemm-swift verify BUNDLE [--threads N]
 
     Chats with a bundle, or checks it against its golden vectors: bundles for onnx on Linux, for coreml on macOS.
+    What the model draws goes to --out (drawing.png); a file that is there is kept, and a number added.
     """
 
 /// What was typed wrongly.
@@ -60,7 +61,13 @@ struct CommandLineRunner {
             try await session.lookAt(try PictureFile.read(URL(fileURLWithPath: image)))
         }
         for try await piece in session.stream(prompt) {
-            print(piece, terminator: "")
+            switch piece {
+            case .text(let text): print(text, terminator: "")
+            case .drawing(let drawing):
+                let file = free(URL(fileURLWithPath: options.text["--out"]?.last ?? "drawing.png"))
+                try PictureFile.write(drawing.picture, to: file)
+                print("[\(file.path), seed \(drawing.seed)]", terminator: "")
+            }
             fflush(nil)
         }
         print()
@@ -70,6 +77,16 @@ struct CommandLineRunner {
             String(
                 format: "%@: read %ld tokens (%.1f/s), wrote %ld (%.1f/s), first token after %.2f s", backend.runtime,
                 read, stats.prefillRate, written, stats.decodeRate, stats.ttft))
+    }
+
+    private static func free(_ file: URL) -> URL {
+        var (found, number) = (file, 2)
+        while FileManager.default.fileExists(atPath: found.path) {
+            let name = "\(file.deletingPathExtension().lastPathComponent)-\(number).\(file.pathExtension)"
+            found = file.deletingLastPathComponent().appendingPathComponent(name)
+            number += 1
+        }
+        return found
     }
 
     private static func verify(_ options: Options) async throws {
@@ -89,7 +106,7 @@ struct CommandLineRunner {
 
 private struct Options {
     private static let known = [
-        "--image", "--prompt", "--system", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--threads",
+        "--image", "--prompt", "--system", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--threads", "--out",
     ]
 
     let bundle: URL

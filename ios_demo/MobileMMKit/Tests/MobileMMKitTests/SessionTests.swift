@@ -13,7 +13,7 @@ final class SessionTests: XCTestCase {
             await session.reset()
             try await session.lookAt(try Vectors.picture(one.string("image")))
             var text = ""
-            for try await piece in session.stream(one.string("question")) { text += piece }
+            for try await piece in session.stream(one.string("question")) { text += piece.text }
             let ids = await session.answerIds
             XCTAssertEqual(ids, one.ints("ids"), one.string("name"))
             assertSame(text, one.string("text"))
@@ -44,7 +44,7 @@ final class SessionTests: XCTestCase {
         let session = try await Vectors.session(Sampling(maxNewTokens: 40))
         var said = ""
         for try await piece in session.stream(SessionTests.story) {
-            said += piece
+            said += piece.text
             if said.count > 12 { session.cancel() }
         }
         XCTAssertTrue(whole.hasPrefix(said) && said.count < whole.count && said.count > 12, said)

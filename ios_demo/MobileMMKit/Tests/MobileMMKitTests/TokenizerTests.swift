@@ -13,7 +13,7 @@ final class TokenizerTests: XCTestCase {
             XCTAssertEqual(tokenizer.encode(text, special: name == "llama3"), one.ints("ids"), shown(text, most: 500))
             let said = one.ints("said")
             assertSame(tokenizer.decode(said), one.string("decoded"), "\(said)")
-            var stream = TextStream(tokenizer.decoded, stop: one.strings("stop"))
+            var stream = TextStream({ tokenizer.decoded($0) }, stop: one.strings("stop"))
             let pieces = said.map { stream.put($0) } + [stream.end()]
             XCTAssertEqual(pieces.map(\.scalars), one.strings("pieces").map(\.scalars), "\(said)")
         }
