@@ -93,9 +93,11 @@ IOS := build/ios
 test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/coreml ## run the iOS demo's tests on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(IOS)/vectors
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording $(IOS)/coreml $(IOS)/vectors/pictures $(IOS)/recording
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing
 	$(BIN)/python ios_demo/build.py check
 	$(BIN)/python ios_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(IOS)/vectors \
-		--coreml-bundle $(IOS)/coreml --recording $(IOS)/recording
+		--coreml-bundle $(IOS)/coreml --recording $(IOS)/recording \
+		--drawing $(IOS)/drawing
 	$(BIN)/python -m pytest tests/ios
 
 # A small model of random weights, exported as any other: what the Core ML backend is driven with.

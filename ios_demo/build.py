@@ -2,7 +2,7 @@
 """Builds and tests the Swift package on Linux, with a Swift that is unpacked into build/ios.
 
     python ios_demo/build.py test --bundle FOLDER --vectors FOLDER --coreml-bundle FOLDER --recording FOLDER
-                                   [--sanitize address] [-- OPTION…]
+                                   --drawing FOLDER [--sanitize address] [-- OPTION…]
     python ios_demo/build.py check
     python ios_demo/build.py run -- run BUNDLE --prompt TEXT
 
@@ -117,6 +117,7 @@ def main() -> None:
     testing.add_argument("--vectors", type=Path, required=True, help="by tests/phone_vectors.py")
     testing.add_argument("--coreml-bundle", type=Path, required=True)
     testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of that")
+    testing.add_argument("--drawing", type=Path, required=True, help="by tests/ios/drawing.py")
     testing.add_argument("--sanitize", choices=["address", "thread"])
     testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
     commands.add_parser("check", help="lint, and type-check what is for Apple's systems against stand-ins")
@@ -127,7 +128,7 @@ def main() -> None:
         if arguments.command == "check":
             check()
         elif arguments.command == "test":
-            names = ("bundle", "vectors", "coreml_bundle", "recording")
+            names = ("bundle", "vectors", "coreml_bundle", "recording", "drawing")
             folders = {name: getattr(arguments, name) for name in names}
             test(folders, arguments.sanitize, arguments.options)
         else:

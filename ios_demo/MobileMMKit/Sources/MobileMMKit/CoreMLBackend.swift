@@ -30,7 +30,8 @@
                 throw MobileMMError("\(file.path): its functions cannot be read by Core ML (\(oneLine(error)))")
             }
             if !functions.contains("decode") || !functions.contains(where: { $0.hasPrefix("prefill") }) {
-                throw MobileMMError("\(file.path): not a decoder, it has the functions \(functions.sorted().joined(separator: ", "))")
+                let names = functions.sorted().joined(separator: ", ")
+                throw MobileMMError("\(file.path): not a decoder, it has the functions \(names)")
             }
             return CoreMLBackend(bundle, units, compiled, functions)
         }

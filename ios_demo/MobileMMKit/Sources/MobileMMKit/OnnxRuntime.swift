@@ -104,7 +104,9 @@
             let found = try Tensor(dtype, shape)
             var data: UnsafeMutableRawPointer?
             try runtime.check(runtime.api.pointee.GetTensorMutableData(pointer, &data))
-            if found.count > 0, let data { found.memory.baseAddress!.copyMemory(from: data, byteCount: found.count * dtype.bytes) }
+            if found.count > 0, let data {
+                found.memory.baseAddress!.copyMemory(from: data, byteCount: found.count * dtype.bytes)
+            }
             return found
         }
     }

@@ -106,7 +106,8 @@ struct CommandLineRunner {
 
 private struct Options {
     private static let known = [
-        "--image", "--prompt", "--system", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--threads", "--out",
+        "--image", "--prompt", "--system", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--threads",
+        "--out",
     ]
 
     let bundle: URL

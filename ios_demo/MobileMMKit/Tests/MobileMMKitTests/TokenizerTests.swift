@@ -41,7 +41,10 @@ final class TokenizerTests: XCTestCase {
         for (text, word) in [
             ("{}", "'model'"),
             (#"{"model": {"type": "Unigram"}}"#, "Unigram"),
-            (#"{"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": {"type": "BertNormalizer"}}"#, "BertNormalizer"),
+            (
+                #"{"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": {"type": "BertNormalizer"}}"#,
+                "BertNormalizer"
+            ),
             (#"{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}"#, "vocab"),
             (#"{"model": {"type": "BPE", "vocab": {"a": 1}, "merges": ["a b c"]}}"#, "merge"),
             ("[", "JSON"),
@@ -55,7 +58,8 @@ final class TokenizerTests: XCTestCase {
 
     func testTextsThatLookAlikeAreNotOne() throws {
         // "é" in one code point and in two: other ids, as in Python.
-        let json = #"{"model": {"type": "BPE", "vocab": {"\u00e9": 0, "e\u0301": 1, "e": 2, "\u0301": 3}, "merges": [["e", "\u0301"]]}}"#
+        let vocabulary = #"{"\u00e9": 0, "e\u0301": 1, "e": 2, "\u0301": 3}"#
+        let json = #"{"model": {"type": "BPE", "merges": [["e", "\u0301"]], "vocab": "# + vocabulary + "}}"
         let file = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID()).json")
         defer { try? FileManager.default.removeItem(at: file) }
         try Data(json.utf8).write(to: file)
