@@ -29,10 +29,10 @@ from mobilemm.export.targets import Target
 from mobilemm.runtime import manifest
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
+from mobilemm.runtime.noise import RULE
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.self_check import ROW_SUMS, machine, row_sums, runtime_version
-from mobilemm.runtime.noise import RULE
 from mobilemm.runtime.session import Session
 
 # Beyond this fp32 copies for a comparison of answers would take more memory than the export itself.

@@ -15,13 +15,16 @@ from mobilemm.export.split import SplitModel
 ROWS_PER_WIDTH = 4
 """Words of the vocabulary, in hidden widths, whose logits tell the hidden state."""
 
+MOST_CONDITION = 1e4
+"""Of the rows that are inverted: by so much, at worst, errors of the logits grow. SmolLM2's is 110."""
+
 
 class OutputProjector(nn.Module):
     """Logits at the signal tokens → the generator's condition.
 
     A decoder gives logits and no hidden states, on every runtime and to every runner. The head is a
-    matrix with far more rows than columns, so that some of its rows, inverted, give the state back: to the precision of
-    float32, and without a second output. `read_through` says which rows.
+    matrix with far more rows than columns, so that some of its rows, inverted, give the state back: to the
+    precision of float32, and without a second output. `read_through` says which rows.
 
     Shapes: (1, signal tokens, words) → (1, tokens, width); the words are the vocabulary's first.
     """
@@ -33,7 +36,16 @@ class OutputProjector(nn.Module):
         self.softcap = softcap
 
     def read_through(self, head: Tensor) -> None:
-        """Sets the inverse of the head's first rows (words, width), as the decoder that ships has them."""
+        """Sets the inverse of the head's first rows (words, width), as the decoder that ships has them.
+
+        Raises MobileMMError where they do not tell the state, or only with loss.
+        """
+        found = torch.linalg.svdvals(head.double())
+        if not float(found[-1]) * MOST_CONDITION >= float(found[0]):
+            raise MobileMMError(
+                f"the head's first {len(head):,} words do not tell the hidden state (condition number"
+                f" {float(found[0]) / max(float(found[-1]), 1e-30):.2g}): this model's drawing cannot be exported"
+            )
         inverse = torch.linalg.pinv(head.double()).float()
         self.reader.weight = nn.Parameter(inverse, requires_grad=False)
 

@@ -177,8 +177,8 @@ def make_plan(
     `int4` alone is the recipe that ships: GPTQ at block 128, symmetric; the embedding, and with it a head
     tied to it, rounded at block 32. Encoders are int8 per row, activations quantized at each run; output
     projector and generator are int8, in blocks of 32 and convolutions per row, and compute in
-    floating point. SmolLM2-135M on held-out text, mean KL to fp32 a position: 0.33; with `embed` at int8 0.24; that of
-    llama.cpp's Q4_0 is 0.42, of rounding at block 32 throughout 0.49.
+    floating point. SmolLM2-135M on held-out text, mean KL to fp32 a position: 0.33; with `embed` at int8
+    0.24; that of llama.cpp's Q4_0 is 0.42, of rounding at block 32 throughout 0.49.
 
     Args:
         llm, embed, vision, generator: "int4", "int6", "int8", "fp16" or "fp32", and "pal4" or "pal6" for

@@ -1,4 +1,4 @@
-"""What a generator's condition is of a text, τ_X(t) in the survey's words: by the encoder it was trained with.
+"""What a generator's condition is of a text, τ_X(t) in the survey's words: by the encoder of its training.
 
 A phone never runs these encoders: there the output projector, which has learned it, gives the condition.
 """

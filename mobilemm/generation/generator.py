@@ -379,7 +379,7 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
 
 
 def read_condition(folder: Path | str) -> tuple[str, tuple[int, int]]:
-    """Of a generator's folder: where its condition comes from, its shape (tokens, width). Reads no weights."""
+    """Of a generator's folder: where its condition comes from, and its shape (tokens, width); no weights."""
     folder = Path(folder)
     unet = _read_json(folder / "unet" / "config.json")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
