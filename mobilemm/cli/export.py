@@ -57,6 +57,14 @@ def export(
             help="Vision encoder and projector, likewise (int8 unless said), or w8a8 for Core ML.",
         ),
     ] = None,
+    q_generator: Annotated[
+        str | None,
+        typer.Option(
+            "--q-generator",
+            rich_help_panel=QUANTIZATION,
+            help="What draws, convolutions included: int8 unless said; fp32, fp16, int4, for coreml pal4, pal6.",
+        ),
+    ] = None,
     q_method: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +116,10 @@ def export(
             min=16,
             help="Longest conversation in tokens; left out, 8192 for onnx, 2048 for the others.",
         ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=50, help="Of the generator; left out, those that it was distilled for."),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=28, help="Side of the pictures, for families that leave it open.")
@@ -211,11 +223,13 @@ def export(
     if kv_cache == "int8" and "coreml" in names:
         raise MobileMMError("--kv-cache int8 is not for --target coreml")
     if dtype is not None:
-        q_llm, q_embed, q_vision = q_llm or dtype, q_embed or dtype, q_vision or dtype
+        q_llm, q_embed = q_llm or dtype, q_embed or dtype
+        q_vision, q_generator = q_vision or dtype, q_generator or dtype
     plan = make_plan(
         q_llm or "int4",
         embed=q_embed,
         vision=q_vision or "int8",
+        generator=q_generator or "int8",
         method=q_method,
         block_size=block_size,
         symmetric=not asymmetric,
@@ -228,6 +242,7 @@ def export(
         calibration=calibration,
         verify=verify,
         int8_cache=kv_cache == "int8",
+        steps=steps,
         budget=None if q_search is None else int(q_search * 1e6),
     )
     flags: dict[str, dict[str, object]] = {
