@@ -44,7 +44,7 @@ class OutputProjector(nn.Module):
         if not float(found[-1]) * MOST_CONDITION >= float(found[0]):
             raise MobileMMError(
                 f"the head's first {len(head):,} words do not tell the hidden state (condition number"
-                f" {float(found[0]) / max(float(found[-1]), 1e-30):.2g}): this model's drawing cannot be exported"
+                f" {float(found[0]) / max(float(found[-1]), 1e-30):.2g}): what draws cannot be exported"
             )
         inverse = torch.linalg.pinv(head.double()).float()
         self.reader.weight = nn.Parameter(inverse, requires_grad=False)

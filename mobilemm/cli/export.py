@@ -62,7 +62,7 @@ def export(
         typer.Option(
             "--q-generator",
             rich_help_panel=QUANTIZATION,
-            help="What draws, convolutions included: int8 unless said; fp32, fp16, int4, for coreml pal4, pal6.",
+            help="What draws, convolutions too: int8 unless said; fp32, fp16, int4, or of coreml pal4, pal6.",
         ),
     ] = None,
     q_method: Annotated[

@@ -1,4 +1,4 @@
-"""A tiny random model that draws: it says its first signal token to one request, and a generator of 16 pixels."""
+"""A tiny random model that draws when it is asked in one way, with a generator of 16 pixels."""
 
 from __future__ import annotations
 
