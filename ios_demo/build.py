@@ -65,7 +65,7 @@ OPTIMIZED = ("--configuration", "release", "-Xswiftc", "-enable-testing")
 
 def test(folders: dict[str, Path], sanitize: str | None, options: Sequence[str]) -> None:
     """The tests, with the branches for Apple's systems compiled against stand-ins."""
-    how = ("--sanitize", sanitize) if sanitize else OPTIMIZED
+    how = (*OPTIMIZED, *(("--sanitize", sanitize) if sanitize else ()))
     variables = {f"MOBILEMM_{name.upper()}": str(path.resolve()) for name, path in folders.items()}
     variables["MOBILEMM_STAND_INS"] = "1"
     scratch = f"tests-{sanitize}" if sanitize else "tests"

@@ -11,8 +11,9 @@ private let usage = """
     mobilemm-swift run BUNDLE [--image FILE]… --prompt TEXT [--system TEXT] [--max-new-tokens N]
                        [--temperature X] [--top-p X] [--top-k N] [--seed N] [--threads N] [--out FILE.png]
     mobilemm-swift verify BUNDLE [--threads N]
+    mobilemm-swift bench BUNDLE [--threads N] [--out FILE.json]
 
-    Chats with a bundle, or checks it against its golden vectors: bundles for onnx on Linux, for coreml on macOS.
+    Chats with a bundle, checks it against its golden vectors, or measures it: bundles for onnx on Linux, for coreml on macOS.
     What the model draws goes to --out (drawing.png); a file that is there is kept, and a number added.
     """
 
@@ -42,6 +43,7 @@ struct CommandLineRunner {
         switch command {
         case "run": try await chat(options)
         case "verify": try await verify(options)
+        case "bench": try await bench(options)
         default: throw Usage(message: "there is no command \(shown(command))")
         }
     }
@@ -98,6 +100,23 @@ struct CommandLineRunner {
         }
         if checks.contains(where: { !$0.passed }) {
             throw MobileMMError("\(bundle.folder.path): does not compute what it computed when it was made")
+        }
+    }
+
+    private static func bench(_ options: Options) async throws {
+        let bundle = try ModelBundle.open(options.bundle)
+        var settings = BenchmarkSettings()
+        settings.threads = try options.threads
+        let backend = try await openBackend(bundle, threads: settings.threads)
+        let figures = try await Benchmark(bundle, backend, settings).run { tell($0) }
+        for figure in figures { print(String(format: "%@: %.4g %@ (%@)", figure.name, figure.median, figure.unit, figure.what)) }
+        guard let path = options.text["--out"]?.last else { return }
+        let result = try BenchmarkResult(
+            bundle, figures, settings, device: ProcessInfo.processInfo.hostName, runtime: backend.runtime)
+        do {
+            try result.json().write(to: URL(fileURLWithPath: path))
+        } catch {
+            throw MobileMMError("\(path): cannot be written (\(oneLine(error)))")
         }
     }
 
