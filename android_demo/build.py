@@ -518,9 +518,7 @@ def main() -> int:
     for name, action in (("test", test), ("test-dex", test_dex), ("test-app", test_app)):
         command = commands.add_parser(name, help=action.__doc__)
         command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
-        command.add_argument(
-            "--vectors", type=Path, required=True, help="what tests/phone_vectors.py wrote"
-        )
+        command.add_argument("--vectors", type=Path, required=True, help="what tests/phone_vectors.py wrote")
         command.add_argument("--only", nargs="*", help="names of test classes")
         command.set_defaults(action=action)
     command = commands.add_parser("bench", help=bench.__doc__)

@@ -3,8 +3,8 @@
     python benchmarks/drawing_requests.py MODEL --generator FOLDER [--pairs data/pairs] [--items 200]
 
 Captions are of the pairs' test split, requests and questions in words that no model learned from. Signals:
-the greedy first token of the answer. Condition: the output projector's against the generator's own text encoder's,
-as cosine, and as the share of captions that are nearest, among all, to their own.
+the greedy first token of the answer. Condition: the output projector's against the generator's own text
+encoder's, as cosine, and as the share of captions that are nearest, among all, to their own.
 """
 
 from __future__ import annotations
