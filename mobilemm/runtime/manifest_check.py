@@ -130,6 +130,7 @@ def _disagreements(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from _file_faults(manifest)
     yield from _model_faults(manifest)
     yield from _text_faults(manifest)
+    yield from _drawing_faults(manifest)
     if manifest.target == "onnx":
         yield from _onnx_faults(manifest)
     elif manifest.target == "executorch":
@@ -266,6 +267,43 @@ def _onnx_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield from _tensor_faults("decoder", decoder, side, name, cache, (*FLOATS, "int8"))
 
 
+def _drawing_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Whether what draws is there, whole, and of one size throughout."""
+    generation, model = manifest.generation, manifest.model
+    if generation is None:
+        return
+    for name in ("output_projector", "generator"):
+        if name not in manifest.parts:
+            yield "generation", f"the part {name!r} is missing"
+            return
+    signals = generation.signal_token_ids
+    if signals[-1] >= model.vocab_size or signals != list(range(signals[0], signals[0] + len(signals))):
+        yield "generation.signal_token_ids", "must follow each other, inside the vocabulary"
+    if math.prod(generation.noise.shape) > MOST_NOISE:
+        yield "generation.noise.shape", f"has more than {MOST_NOISE:,} numbers"
+    projector, generator = manifest.parts["output_projector"], manifest.parts["generator"]
+    known = {tensor.name: tensor.shape for tensor in (*projector.inputs, *projector.outputs)}
+    words = known.get("signal_logits", [])[-1:]
+    if not words or not isinstance(words[0], int) or words[0] > model.vocab_size:
+        yield (
+            "parts.output_projector.inputs",
+            "'signal_logits' must end in a number of the vocabulary's words",
+        )
+        return
+    condition = known.get("condition", [])
+    if not condition or not all(isinstance(size, int) for size in condition):
+        yield "parts.output_projector.outputs", "'condition' must have a fixed shape"
+        return
+    fixed = tuple(size for size in condition if isinstance(size, int))
+    yield from _tensor_faults(
+        "output_projector", projector, "inputs", "signal_logits", (1, len(signals), words[0])
+    )
+    yield from _tensor_faults("generator", generator, "inputs", "condition", fixed)
+    yield from _tensor_faults("generator", generator, "inputs", "noise", tuple(generation.noise.shape))
+    picture = (1, 3, generation.height, generation.width)
+    yield from _tensor_faults("generator", generator, "outputs", "picture", picture)
+
+
 def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Whether the parts' tensors are those of the ExecuTorch contract, in the model's sizes."""
     model, image = manifest.model, manifest.image
@@ -295,6 +333,8 @@ def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 FLOATS = ("float32", "float16")
+MOST_NOISE = 2**26
+"""Numbers that a session makes for one picture; Stable Diffusion's takes 2**16 at 1024 pixels."""
 
 
 def _tensor_faults(

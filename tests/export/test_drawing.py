@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mobilemm.export.targets import find_target
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import Bundle
 from mobilemm.runtime.drawing import Drawn
+from mobilemm.runtime.manifest_check import parse_manifest
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.self_check import self_check
@@ -115,6 +117,34 @@ def test_a_drawing_is_remembered(bundle_of: Callable[[str, str], Bundle]) -> Non
     fresh = Session(bundle, open_backend(bundle), SEED)
     fresh.messages = session.messages[:2]
     assert fresh.reply("What") == session.messages[-1]["content"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("generation", "signal_token_ids"), [5, 9, 7], "must follow each other"),
+        (("generation", "noise", "shape"), [1, 1, 4, 8192, 8192], "more than"),
+        (("generation", "noise", "shape"), [1, 1, 4, 9, 8], "'noise' has the shape"),
+        (("generation", "noise", "rule"), "dice", "philox4x32-10-box-muller"),
+        (("generation", "height"), 17, "'picture' has the shape"),
+        (("parts", "generator"), None, "the part 'generator' is missing"),
+    ],
+)
+def test_wrong_manifests_are_refused(
+    bundle_of: Callable[[str, str], Bundle], path: tuple[str, ...], value: object, told: str
+) -> None:
+    file = bundle_of("onnx", "fp32").folder / "manifest.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+        content["golden"] = [golden for golden in content["golden"] if golden["part"] != path[-1]]
+    else:
+        place[path[-1]] = value
+    with pytest.raises(MobileMMError, match=told):
+        parse_manifest(json.dumps(content).encode(), file)
 
 
 def test_golden_vectors_hold_for_the_parts_that_draw(bundle_of: Callable[[str, str], Bundle]) -> None:
