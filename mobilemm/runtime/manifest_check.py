@@ -287,7 +287,7 @@ def _drawing_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if not words or not isinstance(words[0], int) or words[0] > model.vocab_size:
         yield (
             "parts.output_projector.inputs",
-            "'signal_logits' must end in a number of the vocabulary's words",
+            "'signal_logits' must end in some of the vocabulary's words",
         )
         return
     condition = known.get("condition", [])
