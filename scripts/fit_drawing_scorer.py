@@ -1,8 +1,8 @@
 """Fits the scorer of `mobilemm eval --task drawing`: python scripts/fit_drawing_scorer.py data/pairs
 
 Ridge regression from EfficientNet-Lite0's features to the sentence embeddings of names, on real drawings of
-OpenMoji, each at its own size and at 64 pixels. The names asked for in the evaluation
-are those of OpenMoji's validation and test splits: none of them is fitted on. A few minutes of one core.
+OpenMoji, each at the encoder's size and at 64 pixels. The names asked for in the evaluation are those of
+OpenMoji's validation and test splits: none of them is fitted on. A few minutes of one core.
 """
 
 from __future__ import annotations

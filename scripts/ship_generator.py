@@ -6,6 +6,7 @@ In half precision, into mobilemm/models/default/generator, beside its card; scor
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def main() -> None:
         sys.exit(__doc__)
     shipped = shipped_files() / "generator"
     kept = {path.name: path.read_bytes() for path in shipped.glob("*.md")} if shipped.is_dir() else {}
-    save_generator(load_generator(Path(sys.argv[1])), shipped, torch.float16)
+    generator = load_generator(Path(sys.argv[1]))
+    shutil.rmtree(shipped, ignore_errors=True)
+    save_generator(generator, shipped, torch.float16)
     for name, content in kept.items():
         (shipped / name).write_bytes(content)
     weights = sum(path.stat().st_size for path in shipped.rglob("*.safetensors"))

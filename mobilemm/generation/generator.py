@@ -250,7 +250,9 @@ def _save_weights(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
         name: (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in module.state_dict().items()
     }
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
