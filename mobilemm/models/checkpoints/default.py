@@ -83,7 +83,7 @@ def pretrained_encoder() -> Any:
     """EfficientNet-Lite0 alone: pictures (n, 3, H, W), (pixel − 127) / 128, → pooled features (n, 1280)."""
     import timm
 
-    encoder = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    encoder: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     encoder.load_state_dict(_encoder_state())
     return encoder.eval().to(memory_format=torch.channels_last)
 
