@@ -228,6 +228,8 @@ class _DequantizedLinear(nn.Module):
 
 
 class _DequantizedConv2d(nn.Module):
+    bias: Tensor | None
+
     def __init__(self, convolution: QuantizedConv2d) -> None:
         super().__init__()
         self.kernel = _BlockDequantize(convolution)

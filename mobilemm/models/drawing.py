@@ -28,7 +28,7 @@ def learn_to_draw(
     config.signal_token_ids, config.output_projector = ids, dict(output_projector)
     if config.image_token_id in ids:
         config.image_token_id = processor.image_token_id = max(config.text_config.vocab_size, ids[-1] + 1)
-    table = model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings().weight
     signals, projector = signal_tokens.new_signal_tokens(config), new_output_projector(config)
     assert signals is not None
     with torch.no_grad():
