@@ -53,10 +53,16 @@ def run(command: Sequence[str | Path], tries: int = 1) -> str:
     raise BuildError(f"{' '.join(words)[:300]}\n{done.stdout[-6000:]}")
 
 
-def debian_mirror() -> str:
-    """Where this machine takes Debian's packages from."""
-    lines = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]).split()
-    for line in lines:
+def debian_mirror(lists: Path) -> str:
+    """Where this machine takes Debian's packages from; `lists` is for apt's lists, if it has none yet."""
+    ask = ["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    found = run(["apt-get", *ask]).split()
+    if not found:
+        (lists / "partial").mkdir(parents=True)
+        apart = ["apt-get", "-qq", "-o", f"Dir::State::lists={lists}", "-o", "APT::Sandbox::User=root"]
+        run([*apart, "update"], tries=TRIES)
+        found = run([*apart, *ask]).split()
+    for line in found:
         if line.rstrip("/").endswith("/debian"):
             return line
     raise BuildError("apt knows no Debian mirror here; add one to /etc/apt/sources.list.d")
@@ -75,7 +81,8 @@ def unpack(root: Path) -> None:
     for name in ("state/lists/partial", "cache/archives/partial", "etc/preferences.d", "etc/apt.conf.d"):
         (apt / name).mkdir(parents=True)
     (apt / "status").touch()
-    (apt / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {debian_mirror()} {SUITE} main\n")
+    mirror = debian_mirror(apt / "known")
+    (apt / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {SUITE} main\n")
     settings: dict[str, str | Path] = {
         "Dir::State": apt / "state",
         "Dir::State::status": apt / "status",
