@@ -68,6 +68,8 @@ def test(folders: dict[str, Path], sanitize: str | None, options: Sequence[str])
     how = (*OPTIMIZED, *(("--sanitize", sanitize) if sanitize else ()))
     variables = {f"MOBILEMM_{name.upper()}": str(path.resolve()) for name, path in folders.items()}
     variables["MOBILEMM_STAND_INS"] = "1"
+    # libcurl, Foundation and XCTest leave a few kilobytes behind at the end, which are not the package's.
+    variables["ASAN_OPTIONS"] = "detect_leaks=0"
     scratch = f"tests-{sanitize}" if sanitize else "tests"
     with serving(folders["bundle"]) as address:
         variables["MOBILEMM_SERVER"] = address
