@@ -151,6 +151,9 @@ class ExecutorchTarget:
             part, share_tensors(express(module) if delegated else module), self._context
         )
         lowered = lower(lowered, delegated=delegated).eval()
+        if part.name in DRAWING:  # norms see how large their groups are
+            with torch.no_grad():
+                lowered(*part.inputs.values())
         written = None
         wanted = delegated and self.options.convolutions == "int8" and is_convolutional(lowered)
         if wanted and part.samples is not None:
@@ -159,7 +162,7 @@ class ExecutorchTarget:
         edge = self._lowered(part, lowered, inputs)
         program = edge.exported_program(method)
         self._programs[method] = program
-        self._reports[method] = report = delegation(program)
+        self._reports[method] = report = delegation(program, part.name == "generator")
         if self.options.etrecord is None:
             forget_weights(program)
         if report.unexpected and not (self.options.allow_fallback or self.options.backend == "portable"):

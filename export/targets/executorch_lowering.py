@@ -127,18 +127,22 @@ class LinearLayerNorm(nn.Module):
 
 
 class LinearGroupNorm(nn.Module):
-    """`nn.GroupNorm` of (n, channels, …), its means matrix products."""
+    """`nn.GroupNorm` of (n, channels, …), its means matrix products. It is run once before it is exported."""
+
+    ones: Tensor | None
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.groups, self.eps = norm.num_groups, norm.eps
         self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("ones", None)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(x.shape[0], self.groups, -1)
-        ones = torch.full((1, rows.shape[2]), 1 / rows.shape[2])
-        centred = rows - F.linear(rows, ones)
-        normed = centred * torch.rsqrt(F.linear(centred * centred, ones) + self.eps)
+        if self.ones is None:
+            self.ones = torch.full((1, rows.shape[2]), 1 / rows.shape[2])
+        centred = rows - F.linear(rows, self.ones)
+        normed = centred * torch.rsqrt(F.linear(centred * centred, self.ones) + self.eps)
         normed = normed.reshape(x.shape)
         if self.weight is None:
             return normed

@@ -12,7 +12,7 @@ from mobilemm.models.drawing import learn_to_draw
 from tests.export.tiny_checkpoint import write_checkpoint
 from tests.generation.tiny_generator import write_generator
 
-REQUEST = "What is this picture"
+REQUEST, OTHER = "What is this picture", "is in picture What"
 SIGNALS = 3
 
 
@@ -24,14 +24,18 @@ def write_drawer(folder: Path, tied: bool = True) -> Path:
     torch.manual_seed(1)
     options = {"type": "transformer", "num_tokens": 3, "width": 16, "hidden": 32, "layers": 1}
     learn_to_draw(model, processor, SIGNALS, options)
-    asked = [{"role": "user", "content": REQUEST}]
-    inputs = processor.apply_chat_template(asked, add_generation_prompt=True)
+    states, best = [], 0.0
     with torch.no_grad():
-        outputs = model(**inputs, output_hidden_states=True)
-        hidden, best = outputs.hidden_states[-1][0, -1], outputs.logits[0, -1].max()
+        for text in (REQUEST, OTHER):
+            asked = [{"role": "user", "content": text}]
+            inputs = processor.apply_chat_template(asked, add_generation_prompt=True)
+            outputs = model(**inputs, output_hidden_states=True)
+            states.append(outputs.hidden_states[-1][0, -1])
+            best = max(best, float(outputs.logits[0, -1].max()))
+        apart = states[0] - states[1]
         rows = model.signal_tokens.rows if tied else model.signal_tokens.head_rows
         rows.zero_()
-        rows[0] = hidden / hidden.square().sum() * best * 1.5
+        rows[0] = apart / (apart @ states[0]) * best * 1.1
     save(model, folder, processor)
     folder.with_name(f"{folder.name}-generator").rename(folder / "generator")
     return folder
