@@ -14,7 +14,7 @@
             let bundle = try ModelBundle.open(try folder().appendingPathComponent("drawer-onnx"))
             let backend = try OnnxBackend(bundle, threads: 1)
             let session = try await Session(
-                bundle, backend, sampling: Sampling(maxNewTokens: 12, seed: seed), keepVision: false)
+                bundle, backend, sampling: Sampling(maxNewTokens: 4, seed: seed), keepVision: false)
             var (text, drawings): (String, [Drawing]) = ("", [])
             for try await piece in session.stream(one.string("question")) {
                 text += piece.text
