@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from mobilemm.errors import MobileMMError
+
+if TYPE_CHECKING:  # the command line's help needs none of it
+    import numpy as np
+    from numpy.typing import NDArray
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -60,4 +62,6 @@ def choose_seed(seed: int | None) -> int:
 
 def to_uint8(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
     """(1, 3, height, width) in [0, 1] → uint8 (height, width, 3), rounded."""
+    import numpy as np
+
     return np.rint(np.clip(picture[0], 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy()
