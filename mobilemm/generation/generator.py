@@ -246,6 +246,11 @@ def _save_weights(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
     from safetensors.torch import save_file
 
     module.save_config(folder)
+    # diffusers notes the folder that a model was read from, which is nobody else's affair.
+    config = {
+        key: value for key, value in _read_json(folder / "config.json").items() if key != "_name_or_path"
+    }
+    write_json(folder / "config.json", config)
     weights = {
         name: (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in module.state_dict().items()
