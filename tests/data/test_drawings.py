@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mobilemm.data.drawings import (
     HELD_OUT_QUESTIONS,
     HELD_OUT_REQUESTS,
@@ -50,5 +52,5 @@ def test_words_for_tests_are_not_those_for_training() -> None:
     assert not set(HELD_OUT_QUESTIONS) & {question for question, _ in QUESTIONS}
 
 
-def _draws(row: dict[str, object]) -> bool:
-    return not isinstance(row["messages"][1]["content"], str)  # type: ignore[index]
+def _draws(row: dict[str, Any]) -> bool:
+    return not isinstance(row["messages"][1]["content"], str)

@@ -160,8 +160,9 @@ def test_golden_vectors_hold_for_the_parts_that_draw(bundle_of: Callable[[str, s
 def test_logits_tell_the_hidden_states(drawer: Path) -> None:
     """Through some of the head's rows, inverted, the condition is that of the states themselves."""
     model = open_model(str(drawer), ExportOptions())
-    part = model.parts["output_projector"].module
+    part, projector = model.parts["output_projector"].module, model.split.output_projector
     assert isinstance(part, OutputProjector)
+    assert projector is not None
     head = model.parts["decoder"].weights["lm_head.weight"].float()
     part.read_through(head[: part.reader.in_features])
     ids = [5, 9, 30, *model.split.signal_token_ids]
@@ -169,7 +170,7 @@ def test_logits_tell_the_hidden_states(drawer: Path) -> None:
     with torch.no_grad():
         logits = decoder(model.embed(ids, []), EagerCache())[:, -SIGNALS:]
         states = verify.decoder_states(model.parts["decoder"], {"inputs_embeds": model.embed(ids, [])})
-        wanted = model.split.output_projector(states[:, -SIGNALS:])  # type: ignore[misc]
+        wanted = projector(states[:, -SIGNALS:])
         found = part(logits[..., : part.reader.in_features])
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
