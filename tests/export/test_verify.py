@@ -111,7 +111,7 @@ def parity(**figures: float) -> Parity:
         ),
         ("decoder", 16, {"top1": 0.97}, ["top-1 agreement 0.97, at least 0.98"]),
         ("embed", 32, {"conversion_db": 80}, ["at least 100 is wanted", "--q-embed"]),
-        ("generator", 32, {"cosine": 0.5}, ["part 'generator' (32 bits)", "Try more bits"]),
+        ("generator", 32, {"cosine": 0.5}, ["part 'generator' (32 bits)", "Try --q-generator int8 or fp32"]),
         ("decoder", 4, {"cosine": float("nan")}, ["cosine to fp32 nan"]),
     ],
 )
