@@ -365,10 +365,18 @@ def _check(unet: Any, scheduler: dict[str, Any]) -> None:
             raise MobileMMError(f"scheduler: key {key!r}: clipping is for models of pixels; set it to false")
 
 
-def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
-    """ᾱ (train timesteps,) by the scheduler's own betas."""
+def new_scheduler(config: dict[str, Any], named: str) -> Any:
+    """DDIM's scheduler of a config. Raises MobileMMError, begun with `named`, for what diffusers refuses."""
     from diffusers import DDIMScheduler
 
+    try:
+        return DDIMScheduler(**config)
+    except (NotImplementedError, TypeError, ValueError) as error:  # the first for a schedule it does not know
+        raise MobileMMError(f"{named}: {one_line(error)}") from error
+
+
+def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
+    """ᾱ (train timesteps,) by the scheduler's own betas."""
     keys = (
         "num_train_timesteps",
         "beta_start",
@@ -377,10 +385,7 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
         "trained_betas",
         "rescale_betas_zero_snr",
     )
-    try:
-        scheduler: Any = DDIMScheduler(**{key: config[key] for key in keys if key in config})
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise MobileMMError(f"scheduler: keys 'beta_…': {one_line(error)}") from error
+    scheduler = new_scheduler({key: config[key] for key in keys if key in config}, "scheduler: keys 'beta_…'")
     alphas: Tensor = scheduler.alphas_cumprod
     return alphas.double()
 

@@ -17,7 +17,8 @@ ID = re.compile(r"[0-9A-F]{24}")
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
     with (DEMO / "MobileMM.xcodeproj" / "project.pbxproj").open(encoding="utf-8") as file:
-        return openstep_parser.OpenStepDecoder.ParseFromFile(file)  # type: ignore[no-any-return]
+        found: dict[str, Any] = openstep_parser.OpenStepDecoder.ParseFromFile(file)
+    return found
 
 
 def of_kind(project: dict[str, Any], isa: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.slow
 PARTS = {"projector": 1e-2, "language_model": 1e-3, "vision_encoder": 1e-3}
 
 
-def _process(recipe: Recipe, rank: int, port: int) -> None:
+def train_as_process(recipe: Any, rank: int, port: int, run: Callable[..., object] = train) -> None:
+    """One of two processes that share gradients; in a process of its own."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -30,12 +32,12 @@ def _process(recipe: Recipe, rank: int, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    train(recipe, lambda line: None)
+    run(recipe, lambda line: None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])
@@ -56,8 +58,10 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     two = make_recipe(**settings, cache_features=cache, accumulation=1, output=tmp_path / "two")
     # Spawned, because what the one has set up in this process would not fit two.
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
-    processes = [context.Process(target=_process, args=(two, rank, port), daemon=True) for rank in (0, 1)]
+    port = free_port()
+    processes = [
+        context.Process(target=train_as_process, args=(two, rank, port), daemon=True) for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     train(one, lambda line: None)

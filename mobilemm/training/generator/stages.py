@@ -20,6 +20,7 @@ from mobilemm.generation.generator import (
     SamplerName,
     load_autoencoder,
     load_generator,
+    new_scheduler,
     save_autoencoder,
     save_generator,
 )
@@ -252,12 +253,8 @@ def new_module(config: dict[str, Any], classes: Sequence[str], key: str) -> Any:
 
 def new_schedule(config: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's config: DDIM's, with what the recipe says, and without clipping."""
-    from diffusers import DDIMScheduler
-
-    try:
-        scheduler: Any = DDIMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing"} | config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise MobileMMError(f"key 'noise_schedule': {one_line(error)}") from error
+    values = {"clip_sample": False, "timestep_spacing": "trailing"} | config
+    scheduler = new_scheduler(values, "key 'noise_schedule'")
     return {"_class_name": "DDIMScheduler"} | dict(scheduler.config)
 
 

@@ -305,12 +305,13 @@ def test_shifted_times_are_late_and_the_share_of_empty_conditions_is_kept(
 ) -> None:
     import numpy as np
 
-    from mobilemm.training.generator.data import LatentSet
+    from mobilemm.training.generator.data import DrawingSet, LatentSet
     from mobilemm.training.generator.objectives import latent_batch
 
     recipe: Any = make_recipe("teacher", time_shift=3.0, empty_share=0.25, condition_noise=0.0)
     conditions = np.ones((3, 4, 1, 2), np.float32)
-    data = LatentSet(None, np.zeros((4, 4, 8, 8), np.float32), conditions, torch.zeros(1, 1, 2))  # type: ignore[arg-type]
+    drawings = DrawingSet([], np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, np.int64), "")
+    data = LatentSet(drawings, np.zeros((4, 4, 8, 8), np.float32), conditions, torch.zeros(1, 1, 2))
     batch = latent_batch(data, np.zeros(4000, int), recipe, torch.Generator().manual_seed(0))
     # t' > ½ where 3 t > ½ (1 + 2 t), that is t > ¼.
     assert (batch.times > 0.5).float().mean().item() == pytest.approx(0.75, abs=0.001)

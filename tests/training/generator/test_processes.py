@@ -13,25 +13,9 @@ from safetensors.torch import load_file
 
 from mobilemm.training.generator import stage
 from tests.training.generator.conftest import RecipeMaker
-from tests.training.test_processes import _free_port
+from tests.training.test_processes import free_port, train_as_process
 
 pytestmark = pytest.mark.slow
-
-
-def _process(recipe: Any, rank: int, port: int) -> None:
-    import os
-
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    stage.train(recipe, lambda line: None)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["consistency", "distribution_matching"])
@@ -44,8 +28,11 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     one = make_recipe(name, output=tmp_path / "one", accumulation=2, **changes)
     two = make_recipe(name, output=tmp_path / "two", **changes)
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
-    processes = [context.Process(target=_process, args=(two, rank, port), daemon=True) for rank in (0, 1)]
+    port = free_port()
+    processes = [
+        context.Process(target=train_as_process, args=(two, rank, port, stage.train), daemon=True)
+        for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     stage.train(one, lambda line: None)
