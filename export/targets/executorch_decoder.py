@@ -32,7 +32,7 @@ class TextDecoder(nn.Module):
 
         spec = decoder.spec
         self.decoder, self.context = decoder, spec.context_length
-        # Heads as a batch, so that what one of them reads lies together: attention is up to 1.4 times as fast.
+        # Heads as a batch, so that what one of them reads lies together: up to 1.4 times as fast.
         shape = (spec.num_key_value_heads, self.context, 1, spec.head_dim)
         attentions = [module for module in decoder.modules() if isinstance(module, Attention)]
         self.int8 = any(attention.key_scale is not None for attention in attentions)

@@ -57,6 +57,23 @@ QUESTIONS = (
     ("Spell the word: {name}", "{spelled}"),
     ("Say {name} twice.", "{name} {name}"),
     ("How many letters has the word {name}?", "It has {letters}."),
+    # The requests' own verbs, for something else than a picture; and more that is written than shown.
+    ("Make a list of words that go with {}.", "Here are some: {name}, {kind}."),
+    ("Create a riddle about {}.", "It is {kind}. What is it? {A}."),
+    ("Generate a title for a book about {}.", "The Secret of the {name}"),
+    ("Show me how to spell {name}.", "{spelled}"),
+    ("Give me three facts about {}.", "It is {kind}, it has a name, and people know it."),
+    ("I would like to know more about {}.", "{A} is {kind}."),
+    ("I want to see {} in real life. Where should I go?", "Go where one finds {kind}."),
+    ("Please explain why people like {}.", "People like it because it is {kind}."),
+    ("Can you tell me a story about {}?", "Once upon a time there was {}."),
+    ("Could you compare {} with {other}?", "{A} is {kind}, and no {other}."),
+    ("Produce a short text on {}.", "{A} is {kind}."),
+    ("Illustrate with an example what one does with {}.", "For example, one can look at {}."),
+    ("What does {} look like?", "It looks like {kind}."),
+    ("Why is {} called that?", "I do not know where the name comes from."),
+    ("Is it hard to draw {}?", "With some practice it is not."),
+    ("Do people paint {} often?", "Some of them do."),
 )
 HELD_OUT_QUESTIONS = (
     "Could you explain what {} is?",
@@ -70,7 +87,7 @@ AGAIN = ("Draw this.", "Draw what you see.", "Can you draw this picture again?",
 
 
 def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Of each caption two requests, answered by drawings, and one question, answered in words.
+    """Of each caption two requests, answered by drawings, and two questions, answered in words.
 
     The second request is for the same thing in another colour or beside something else, of which no picture
     need exist: what the projector learns from it is the generator's text condition.
@@ -85,15 +102,15 @@ def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any
             request = draw.choice(REQUESTS).format(_noun(caption, draw))
             drawing = {"type": "drawing", "caption": caption}
             yield {"messages": [_said("user", request), {"role": "assistant", "content": [drawing]}]}
-        question, answer = draw.choice(QUESTIONS)
         words = _words(pair, draw)
         thing = with_article(pair.caption)
-        yield {
-            "messages": [
-                _said("user", question.format(thing, **words)),
-                _said("assistant", answer.format(thing, **words)),
-            ]
-        }
+        for question, answer in draw.sample(QUESTIONS, 2):
+            yield {
+                "messages": [
+                    _said("user", question.format(thing, **words)),
+                    _said("assistant", answer.format(thing, **words)),
+                ]
+            }
 
 
 def seen_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -52,6 +52,11 @@ class ScannedSource:
     lengths: list[int] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
+    def take(self, places: Sequence[int]) -> None:
+        """Keeps these of its rows alone."""
+        self.rows = [self.rows[place] for place in places]
+        self.lengths = [self.lengths[place] for place in places]
+
     def leave_out(self, unreadable: Mapping[Path | bytes, str]) -> None:
         """Takes out the rows whose pictures cannot be read, and counts them."""
         for place in reversed(range(len(self.rows))):
@@ -147,7 +152,8 @@ class Mixture(Dataset):  # type: ignore[type-arg]
         self.skipped: Counter[str] = Counter()
         self.features: Any = None  # a FeatureCache, where there is one
         self.conditions: Mapping[str, Tensor] = {}  # of drawings, by their captions
-        self.states: Mapping[str, Tensor] = {}  # of signal tokens, by their samples' names
+        # In the language model's place, by their samples' names, where that was run beforehand.
+        self.states: Mapping[str, Mapping[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -175,14 +181,16 @@ class Mixture(Dataset):  # type: ignore[type-arg]
     def _encoded(self, sample: Sample) -> dict[str, Any]:
         encoded = encode(self.processor, sample, self.max_length)
         if sample.name in self.states:
-            return self._item(encoded) | {"signal_states": self.states[sample.name]}
+            states = self.states[sample.name]
+            return self.item(replace(encoded, images=[]), "signal_states" in states) | dict(states)
         if sample.rejected is None:
-            return self._item(encoded)
+            return self.item(encoded)
         messages = (*sample.messages[:-1], {"role": "assistant", "content": sample.rejected})
         rejected = encode(self.processor, replace(sample, messages=messages), self.max_length)
-        return self._item(last_answer(encoded)) | {"rejected": self._item(last_answer(rejected))}
+        return self.item(last_answer(encoded)) | {"rejected": self.item(last_answer(rejected))}
 
-    def _item(self, encoded: Encoded) -> dict[str, Any]:
+    def item(self, encoded: Encoded, learns_conditions: bool = True) -> dict[str, Any]:
+        """Ids and labels with pictures, or their features, and the conditions of drawings."""
         item: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         if encoded.images and self.features is not None:
             item["vision_features"] = self.features[encoded.images]
@@ -191,7 +199,7 @@ class Mixture(Dataset):  # type: ignore[type-arg]
             item["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")[
                 "pixel_values"
             ]
-        if encoded.drawings:
+        if encoded.drawings and learns_conditions:
             item["conditions"] = torch.stack([self.conditions[caption] for caption in encoded.drawings])
         return item
 
@@ -247,7 +255,8 @@ def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[s
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     batch["logits_to_keep"] = (batch["labels"][:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-    for name in ("pixel_values", "vision_features", "conditions", "signal_states"):
+    states = ("signal_states", "answer_states", "other_logits", "asks")
+    for name in ("pixel_values", "vision_features", "conditions", *states):
         rows = [torch.as_tensor(item[name]) for item in items if name in item]
         if rows:
             batch[name] = torch.cat(rows)

@@ -42,12 +42,15 @@ class SignalTokens(nn.Module):
 
     def extend(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """Logits (batch, n, vocabulary) with those of the signal tokens, of `hidden` (batch, n, width)."""
+        behind = self.first + self.count
+        own = self.logits(hidden).to(logits.dtype)
+        return torch.cat([logits[..., : self.first], own, logits[..., behind:]], -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Their own alone: (…, width) → (…, count)."""
         rows = self.rows if self.head_rows is None else self.head_rows
         own = hidden @ rows.to(hidden.dtype).T
-        if self.softcap is not None:
-            own = torch.tanh(own / self.softcap) * self.softcap
-        behind = self.first + self.count
-        return torch.cat([logits[..., : self.first], own.to(logits.dtype), logits[..., behind:]], -1)
+        return own if self.softcap is None else torch.tanh(own / self.softcap) * self.softcap
 
 
 def new_signal_tokens(config: Any) -> SignalTokens | None:

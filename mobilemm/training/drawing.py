@@ -19,18 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mobilemm.data.mixture import ScannedSource
+from mobilemm.data.mixture import Encoded, Mixture, ScannedSource, collate, encode
 from mobilemm.data.processor import drawings_of
-from mobilemm.data.sources import Sample
 from mobilemm.errors import MobileMMError
 from mobilemm.generation.conditions import open_condition_encoder
 from mobilemm.generation.generator import read_condition
 from mobilemm.models.drawing import learn_to_draw
-from mobilemm.models.modeling import MobileMMForConditionalGeneration
+from mobilemm.models.modeling import IGNORE_INDEX, MobileMMForConditionalGeneration
 from mobilemm.training.recipe import Drawing
 
 CONDITIONS, STATES = "conditions.safetensors", "states.safetensors"
 STATES_BATCH = 16
+Kept = Mapping[str, Mapping[str, Tensor]]
+"""By a row's name: what takes the language model's place in its item."""
 
 
 class DrawingObjective:
@@ -38,7 +39,7 @@ class DrawingObjective:
 
     def __init__(self, settings: Drawing) -> None:
         self.settings = settings
-        self.metrics: dict[str, list[float]] = {"text_loss": [], "condition_loss": []}
+        self.metrics: dict[str, list[float]] = {"text_loss": [], "condition_loss": [], "signal_loss": []}
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Mean loss of the pass; keeps its parts for the log."""
@@ -47,6 +48,8 @@ class DrawingObjective:
         if "signal_states" in inputs:
             assert wanted is not None
             return self._distance(model, inputs["signal_states"], wanted)
+        if "answer_states" in inputs:
+            return self._asking(model, inputs)
         outputs = model(**inputs, output_hidden_states=True)
         loss: Tensor = outputs.loss
         self.metrics["text_loss"].append(loss.item())
@@ -64,6 +67,13 @@ class DrawingObjective:
         self.metrics["condition_loss"].append(distance.item())
         return distance
 
+    def _asking(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        signals = getattr(model, "module", model).signal_tokens
+        own = signals.logits(inputs["answer_states"])[:, 0]
+        loss = asking_loss(own, inputs["other_logits"], inputs["asks"])
+        self.metrics["signal_loss"].append(loss.item())
+        return loss
+
     def pop_metrics(self) -> dict[str, float]:
         """Means since the last call."""
         found = {name: sum(values) / len(values) for name, values in self.metrics.items() if values}
@@ -78,6 +88,15 @@ def condition_distance(found: Tensor, wanted: Tensor) -> Tensor:
     Shapes: (pictures, tokens, width) both.
     """
     return (found - wanted).square().sum(-1).mean()
+
+
+def asking_loss(own: Tensor, others: Tensor, asks: Tensor) -> Tensor:
+    """L_txt-gen's share that the first signal token's row decides, mean over places.
+
+    Shapes, all (places,): its logit, the logarithm of the sum of all other words' exponentials, and whether
+    it is what comes there. With all else frozen, L_txt-gen differs by a constant.
+    """
+    return nn.functional.softplus(torch.where(asks > 0, others - own, own - others)).mean()
 
 
 def prepare_to_draw(model: MobileMMForConditionalGeneration, processor: Any, settings: Drawing) -> None:
@@ -97,50 +116,90 @@ def prepare_to_draw(model: MobileMMForConditionalGeneration, processor: Any, set
         )
 
 
+def keep_shares(sources: Sequence[ScannedSource], seed: int) -> None:
+    """Of sources with a weight below 1 the same rows in each epoch, since no others' states will be kept."""
+    for number, source in enumerate(sources):
+        if source.weight < 1:
+            share = max(1, round(source.weight * len(source.rows)))
+            places = sorted(random.Random(f"{seed}-{number}").sample(range(len(source.rows)), share))
+            source.take(places)
+            source.weight = 1.0
+
+
 @torch.no_grad()
 def keep_states(
     model: MobileMMForConditionalGeneration,
-    processor: Any,
-    sources: Sequence[ScannedSource],
+    mixture: Mixture,
+    pad_token_id: int,
     run: Path,
     report: Callable[[str], None] = print,
-) -> Mapping[str, Tensor]:
-    """Of each row with drawings, by its name: their signal tokens' states (drawings, tokens, width), float16.
+    asking: bool = False,
+) -> Kept:
+    """What an output projector learns from, or with `asking` the first signal token, by the rows' names.
 
-    Rows without drawings leave the sources: nothing is learned from them. Kept in the run's folder.
+    Of each row with drawings `signal_states`, (drawings, tokens, width) in float16; rows without drawings or
+    with pictures leave the sources, since nothing is learned from them. With `asking`: of each row
+    `answer_states` (places, width), `other_logits` and `asks` (places,), where a place is what an answer's
+    token is said behind, up to the first signal token: what comes later depends on what will be learned, and
+    is not learned, since all signal tokens are fed when the first is said. Kept in the run's folder.
     """
-    rows: dict[str, tuple[Sample, list[int]]] = {}
-    for source in sources:
+    rows: dict[str, Encoded] = {}
+    for source in mixture.sources:
         places = []
         for place, row in enumerate(source.rows):
             sample = source.source.sample(row, random.Random(0))
-            if drawings_of(sample.messages) and not sample.images:
-                places.append(place)
-                rows[sample.name] = (sample, processor.encode_for_training(sample.messages)[0])
-        source.rows = [source.rows[place] for place in places]
-        source.lengths = [source.lengths[place] for place in places]
-    assert model.signal_tokens is not None
-    digest = hashlib.sha256(json.dumps([[name, ids] for name, (_, ids) in rows.items()]).encode())
-    digest.update(model.signal_tokens.rows.detach().float().numpy().tobytes())
+            if asking or (drawings_of(sample.messages) and not sample.images):
+                try:
+                    rows[sample.name] = encode(mixture.processor, sample, mixture.max_length)
+                    places.append(place)
+                except MobileMMError as error:
+                    source.reasons[str(error)] += 1
+        source.take(places)
+    signals = model.signal_tokens
+    assert signals is not None
+    digest = hashlib.sha256(
+        json.dumps([asking, [[name, row.input_ids] for name, row in rows.items()]]).encode()
+    )
+    for learned in signals.parameters():
+        digest.update(learned.detach().float().numpy().tobytes())
     path = run / f"{digest.hexdigest()[:16]}-{STATES}"
     if not path.is_file():
         found: dict[str, Tensor] = {}
-        by_length = sorted(rows, key=lambda name: len(rows[name][1]))
+        by_length = sorted(rows, key=lambda name: len(rows[name].input_ids))
         for start in range(0, len(by_length), STATES_BATCH):
             names = by_length[start : start + STATES_BATCH]
-            ids = [torch.tensor(rows[name][1]) for name in names]
-            batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            lengths = torch.tensor([len(one) for one in ids])
-            mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
-            hidden = model(
-                input_ids=batch, attention_mask=mask, output_hidden_states=True, logits_to_keep=1
-            ).hidden_states[-1]
-            for name, row, states in zip(names, batch, hidden, strict=True):
-                found[name] = model.signal_states(row[None], states[None]).half()
+            batch = collate(
+                [mixture.item(rows[name], learns_conditions=False) for name in names], pad_token_id
+            )
+            labels = batch.pop("labels")
+            if not asking:
+                batch["logits_to_keep"] = torch.tensor([0])
+            outputs = model(**batch, output_hidden_states=True)
+            hidden = outputs.hidden_states[-1]
+            for number, name in enumerate(names):
+                ids = batch["input_ids"][number]
+                if not asking:
+                    states = model.signal_states(ids[None], hidden[number][None])
+                    found[f"{name}:signal_states"] = states.half()
+                    continue
+                kept = batch["logits_to_keep"]
+                learned = (labels[number][kept + 1] != IGNORE_INDEX) & (
+                    signals.among(ids)[: kept.max() + 1].cumsum(0) == 0
+                )[kept]
+                logits = outputs.logits[number][learned].float()
+                logits[:, signals.first] = -torch.inf
+                following = ids[kept[learned] + 1]
+                found[f"{name}:answer_states"] = hidden[number][kept[learned]].half()
+                found[f"{name}:other_logits"] = logits.logsumexp(-1)
+                found[f"{name}:asks"] = (following == signals.first).float()
             if start // STATES_BATCH % 16 == 0:
-                report(f"states of signal tokens: {start:,} of {len(by_length):,} rows")
+                report(f"the language model's states: {start:,} of {len(by_length):,} rows")
         _write(found, path)
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
+    kept_rows: dict[str, dict[str, Tensor]] = {name: {} for name in rows}
+    for key, tensor in load_file(path).items():
+        name, _, kind = key.rpartition(":")
+        kept_rows[name][kind] = tensor.float()
+    return kept_rows
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

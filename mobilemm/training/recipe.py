@@ -108,8 +108,9 @@ class Drawing(_Section):
     condition_weight: float = Field(ge=0, default=1.0, description="of L_mse beside the likelihood")
     cache_states: bool = Field(
         default=False,
-        description="run the language model once a sample, and learn L_mse alone: of an output projector that"
-        " learns by itself",
+        description="run the language model once a sample: for an output projector that learns L_mse by"
+        " itself, or for signal tokens that learn by themselves when to be said (sources of a weight below"
+        " 1 give the same rows in each epoch)",
     )
 
 
@@ -159,9 +160,11 @@ class Recipe(_Section):
         if self.drawing is not None and self.preferences is not None:
             raise ValueError("drawing: preferences are learned by themselves")
         learning = {name for name, part in self.train if part.learning_rate}
-        if self.drawing is not None and self.drawing.cache_states and learning != {"output_projector"}:
+        alone = ({"output_projector"}, {"signal_tokens"})
+        if self.drawing is not None and self.drawing.cache_states and learning not in alone:
             raise ValueError(
-                "drawing.cache_states: states can be kept only when train.output_projector alone learns"
+                "drawing.cache_states: states can be kept only when train.output_projector alone learns, or"
+                " train.signal_tokens alone"
             )
         for name in ("signal_tokens", "output_projector"):
             if getattr(self.train, name).learning_rate and self.drawing is None:

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mobilemm.data.mixture import Mixture, ScannedSource, collate, encode, plan, scan
 from mobilemm.data.sources import Sample, open_source
@@ -162,15 +161,22 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
     main = int(os.environ.get("RANK", "0")) == 0
     report = report if main else lambda _: None
     stage = prepare(recipe, report)
+    caches_states = recipe.drawing is not None and recipe.drawing.cache_states
+    if caches_states:
+        from mobilemm.training.drawing import keep_shares
+
+        keep_shares(stage.sources, recipe.seed)
     if recipe.cache_features:
         _keep_features(stage, report)
-    states: Mapping[str, Tensor] = {}
-    if recipe.drawing is not None and recipe.drawing.cache_states:
+    mixture = _mixture(stage)
+    pad = stage.processor.tokenizer.pad_token_id or 0
+    if caches_states:
         from mobilemm.training.drawing import keep_states
 
-        states = keep_states(stage.model, stage.processor, stage.sources, run, report)
-    mixture = _mixture(stage)
-    mixture.states = states
+        asking = recipe.train.signal_tokens.learning_rate > 0
+        states = keep_states(stage.model, mixture, pad, run, report, asking)
+        mixture = _mixture(stage)  # of the rows that are left
+        mixture.states = states
     if recipe.drawing is not None:
         from mobilemm.training.drawing import keep_conditions
 
@@ -185,7 +191,6 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
         f"{len(mixture):,} samples in {steps:,} steps of {stage.step_size}; {trained:,} parameters learn"
         f" of {sum(part.parameters for part in stage.parts):,}"
     )
-    pad = stage.processor.tokenizer.pad_token_id or 0
     trainer = PartsTrainer(
         stage.model,
         recipe,

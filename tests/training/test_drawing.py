@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import mobilemm
 from mobilemm.errors import MobileMMError
 from mobilemm.generation import conditions
-from mobilemm.training.drawing import condition_distance
+from mobilemm.training.drawing import asking_loss, condition_distance
 from mobilemm.training.recipe import Recipe
 from mobilemm.training.stage import check, train
 from tests.generation.tiny_generator import write_generator
@@ -105,6 +105,51 @@ def test_what_is_frozen_stays_to_the_bit(
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith("signal_tokens.") for name in moved)
+
+
+def test_when_to_draw_is_learned_from_kept_states(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """By exactly the loss that the whole model has there, and with the first signal token's row alone."""
+    first = train(recipe(max_steps=2), lambda line: None)
+    told: list[str] = []
+    again = recipe(
+        model=str(first),
+        output=tmp_path / "again",
+        train={"signal_tokens": 3e-2},
+        drawing=DRAWING | {"generator": tmp_path / "generator", "cache_states": True},
+        max_steps=40,
+    )
+    second = train(again, told.append)
+    assert sum("states: 0 of 16 rows" in line for line in told) == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert [name.split(".")[0] for name in moved] == ["signal_tokens"] * len(moved)
+    assert moved
+    for name in moved:
+        assert torch.equal(before[name][1:], after[name][1:])
+    losses, kept = [], []
+    for folder in (first, second):
+        model, processor = mobilemm.load(folder)
+        signal = model.config.signal_token_ids[0]
+        likelihood, asking = [], []
+        for caption in CAPTIONS:
+            for question, answer in ((f"and {caption}", None), (f"what is {caption}", "it is " + caption)):
+                content: Any = answer or [{"type": "drawing", "caption": caption}]
+                messages = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": content},
+                ]
+                ids, labels = (torch.tensor(one) for one in processor.encode_for_training(messages))
+                places = (labels[1:] != -100).nonzero()[:, 0]
+                places = places[:1] if answer is None else places
+                logits = model(input_ids=ids[None]).logits[0, places].detach().double()
+                likelihood.append(-logits.log_softmax(-1).gather(1, ids[places + 1][:, None])[:, 0])
+                others = logits.index_fill(1, torch.tensor(signal), -torch.inf).logsumexp(-1)
+                asks = (ids[places + 1] == signal).float()
+                asking.append(torch.full_like(others, float(asking_loss(logits[:, signal], others, asks))))
+        losses.append(float(torch.cat(likelihood).mean()))
+        kept.append(float(torch.cat(asking).mean()))
+    assert kept[0] - kept[1] == pytest.approx(losses[0] - losses[1], rel=1e-6)
+    assert kept[1] < kept[0] / 2
 
 
 def test_the_distance_is_the_papers() -> None:
