@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,11 @@ def keep_states(
                 except MobileMMError as error:
                     source.reasons[str(error)] += 1
         source.take(places)
-    signals = model.signal_tokens
-    assert signals is not None
-    digest = hashlib.sha256(
-        json.dumps([asking, [[name, row.input_ids] for name, row in rows.items()]]).encode()
-    )
-    for learned in signals.parameters():
-        digest.update(learned.detach().float().numpy().tobytes())
+    assert model.signal_tokens is not None
+    ids = {name: row.input_ids for name, row in rows.items()}
+    digest = hashlib.sha256(json.dumps([asking, ids]).encode())
+    for parameter in model.signal_tokens.parameters():
+        digest.update(parameter.detach().float().numpy().tobytes())
     path = run / f"{digest.hexdigest()[:16]}-{STATES}"
     if not path.is_file():
         found: dict[str, Tensor] = {}
@@ -171,35 +169,52 @@ def keep_states(
             batch = collate(
                 [mixture.item(rows[name], learns_conditions=False) for name in names], pad_token_id
             )
-            labels = batch.pop("labels")
-            if not asking:
-                batch["logits_to_keep"] = torch.tensor([0])
-            outputs = model(**batch, output_hidden_states=True)
-            hidden = outputs.hidden_states[-1]
-            for number, name in enumerate(names):
-                ids = batch["input_ids"][number]
-                if not asking:
-                    states = model.signal_states(ids[None], hidden[number][None])
-                    found[f"{name}:signal_states"] = states.half()
-                    continue
-                kept = batch["logits_to_keep"]
-                learned = (labels[number][kept + 1] != IGNORE_INDEX) & (
-                    signals.among(ids)[: kept.max() + 1].cumsum(0) == 0
-                )[kept]
-                logits = outputs.logits[number][learned].float()
-                logits[:, signals.first] = -torch.inf
-                following = ids[kept[learned] + 1]
-                found[f"{name}:answer_states"] = hidden[number][kept[learned]].half()
-                found[f"{name}:other_logits"] = logits.logsumexp(-1)
-                found[f"{name}:asks"] = (following == signals.first).float()
+            look = _answer_states if asking else _signal_states
+            for name, kept in zip(names, look(model, batch), strict=True):
+                found |= {f"{name}:{kind}": tensor for kind, tensor in kept.items()}
             if start // STATES_BATCH % 16 == 0:
                 report(f"the language model's states: {start:,} of {len(by_length):,} rows")
         _write(found, path)
-    kept_rows: dict[str, dict[str, Tensor]] = {name: {} for name in rows}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in rows}
     for key, tensor in load_file(path).items():
         name, _, kind = key.rpartition(":")
-        kept_rows[name][kind] = tensor.float()
-    return kept_rows
+        states[name][kind] = tensor.float()
+    return states
+
+
+def _signal_states(
+    model: MobileMMForConditionalGeneration, batch: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    ids = batch["input_ids"]
+    hidden = model(
+        input_ids=ids,
+        attention_mask=batch["attention_mask"],
+        output_hidden_states=True,
+        logits_to_keep=1,
+    ).hidden_states[-1]
+    for row, states in zip(ids, hidden, strict=True):
+        yield {"signal_states": model.signal_states(row[None], states[None]).half()}
+
+
+def _answer_states(
+    model: MobileMMForConditionalGeneration, batch: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    signals = model.signal_tokens
+    assert signals is not None
+    labels, places = batch.pop("labels"), batch["logits_to_keep"]
+    outputs = model(**batch, output_hidden_states=True)
+    for row, wanted, logits, hidden in zip(
+        batch["input_ids"], labels, outputs.logits, outputs.hidden_states[-1], strict=True
+    ):
+        before_signals = signals.among(row).cumsum(0)[places] == 0
+        learned = before_signals & (wanted[places + 1] != IGNORE_INDEX)
+        others = logits[learned].float()
+        others[:, signals.first] = -torch.inf
+        yield {
+            "answer_states": hidden[places[learned]].half(),
+            "other_logits": others.logsumexp(-1),
+            "asks": (row[places[learned] + 1] == signals.first).float(),
+        }
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

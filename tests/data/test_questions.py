@@ -82,7 +82,7 @@ def test_a_folder_of_questions(tmp_path: Path) -> None:
     (pairs / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     counts = write_questions(pairs, tmp_path / "questions", counts=3)
     # Nothing of the test split; counts of cat and boat.
-    assert counts == {"about": 6, "count": 2, "draw": 21, "redraw": 7}
+    assert counts == {"about": 6, "count": 2, "draw": 28, "redraw": 7}
     about = open_source("messages", tmp_path / "questions" / "about.jsonl", images=pairs)
     counted = open_source("messages", tmp_path / "questions" / "count.jsonl")
     draw = random.Random(0)

@@ -152,6 +152,40 @@ def test_when_to_draw_is_learned_from_kept_states(recipe: Callable[..., Recipe],
     assert kept[1] < kept[0] / 2
 
 
+def test_a_projector_learns_from_kept_states(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    first = train(recipe(max_steps=2), lambda line: None)
+    told: list[str] = []
+    values = {
+        "model": str(first),
+        "output": tmp_path / "again",
+        "train": {"output_projector": 1e-2},
+        "drawing": DRAWING | {"generator": tmp_path / "generator", "cache_states": True},
+    }
+    second = train(recipe(**values, max_steps=40), told.append)
+    assert sum("states: 0 of 8 rows" in line for line in told) == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"output_projector"}
+    wanted = _encoder(second, "")(CAPTIONS)
+    distances = []
+    for folder in (first, second):
+        model, processor = mobilemm.load(folder)
+        found = []
+        for caption in CAPTIONS:
+            drawing = {"type": "drawing", "caption": caption}
+            said = [
+                {"role": "user", "content": f"and {caption}"},
+                {"role": "assistant", "content": [drawing]},
+            ]
+            ids = torch.tensor([processor.encode_for_training(said)[0]])
+            hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+            found.append(model.output_projector(model.signal_states(ids, hidden)).detach())
+        distances.append(float(condition_distance(torch.cat(found), wanted)))
+    assert distances[1] < distances[0] / 2
+    with pytest.raises(ValueError, match=r"drawing\.cache_states"):
+        recipe(**values | {"train": {"output_projector": 1e-2, "signal_tokens": 1e-2}})
+
+
 def test_the_distance_is_the_papers() -> None:
     torch.manual_seed(0)
     found, wanted = torch.randn(5, 3, 16), torch.randn(5, 3, 16)
