@@ -207,6 +207,11 @@ def other_tokenizers() -> dict[str, Tokenizer]:
         None,
         pieces_decoder,
     )
+    # As `read_tokenizer` has LLaMA's, for the ids of SentencePiece.
+    state = json.loads(legacy.to_str())
+    state["normalizer"] = {"type": "Replace", "pattern": {"Regex": r"\A "}, "content": "  "}
+    state["pre_tokenizer"]["prepend_scheme"] = "always"
+    sentencepiece = Tokenizer.from_str(json.dumps(state))
     # As files of LLaMA have it: no cuts at all, one normalizer in front.
     state = json.loads(legacy.to_str())
     state["pre_tokenizer"] = None
@@ -226,6 +231,7 @@ def other_tokenizers() -> dict[str, Tokenizer]:
     return {
         "llama3": llama3,
         "llama": Tokenizer.from_str(json.dumps(state)),
+        "sentencepiece": sentencepiece,
         "metaspace": legacy,
         "gemma": gemma,
     }

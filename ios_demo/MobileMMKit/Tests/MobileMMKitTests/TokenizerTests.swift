@@ -27,6 +27,8 @@ final class TokenizerTests: XCTestCase {
 
     func testThoseWithAMetaspaceAre() throws { try compare("metaspace", least: 250) }
 
+    func testThoseWithTheIdsOfSentencePieceAre() throws { try compare("sentencepiece", least: 250) }
+
     func testThoseOfGemmasKindAre() throws { try compare("gemma", least: 250) }
 
     func testAPlaceholderInSomebodysWordsIsText() throws {

@@ -23,9 +23,12 @@ internal fun normalizer(value: Any?): (String) -> String {
 }
 
 internal fun replacement(of: Map<String, Any?>): (String) -> String {
-    val pattern = of.at("pattern")["String"] as? String ?: throw UnknownTokenizer("'Replace' by a regular expression is not known here")
+    val pattern = of.at("pattern")
     val content = of.text("content")
-    return { it.replace(pattern, content) }
+    (pattern["String"] as? String)?.let { literal -> return { it.replace(literal, content) } }
+    // What SentencePiece's models do to a space that a text begins with.
+    if (pattern["Regex"] == "\\A ") return { if (it.startsWith(' ')) content + it.substring(1) else it }
+    throw UnknownTokenizer("'Replace' by the regular expression ${shown(pattern["Regex"])} is not known here")
 }
 
 /** A text cut into the words that the model joins within; `first` when nothing of the whole text stands before it. */

@@ -31,6 +31,8 @@ class TokenizerTest {
 
     @Test fun `those with a Metaspace are`() = compare("metaspace", 250)
 
+    @Test fun `those with the ids of SentencePiece are`() = compare("sentencepiece", 250)
+
     @Test fun `those of Gemma's kind are`() = compare("gemma", 250)
 
     @Test fun `a placeholder in somebody's words is text`() {
