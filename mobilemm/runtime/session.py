@@ -139,15 +139,16 @@ class Session(Conversation):
 
     def _generate(self, ids: list[int], pictures: list[Picture], room: int) -> Generator[str]:
         stats = self.stats = Stats(prompt_tokens=len(ids))
-        self._load(pictures, stats)
+        features = self._see(pictures, stats)
+        self._load(stats)
         begun = time.perf_counter()
-        logits = self._prefill(ids, pictures, stats)
+        logits = self._prefill(ids, pictures, features, stats)
         sampler = Sampler(self.sampling)
         text = TextStream(self.tokenizer.decode, self.manifest.prompt.stop)
         seen = list(ids)
         self.answer_ids = []
         token = sampler(logits[: self.tokenizer.size], seen)
-        stats.ttft = time.perf_counter() - begun
+        stats.ttft = stats.image_seconds + time.perf_counter() - begun
         most = min(self.sampling.max_new_tokens, room)
         while token not in self.manifest.model.eos_token_ids:
             if self._signals and token == self._signals[0]:
@@ -198,24 +199,29 @@ class Session(Conversation):
         written = self.tokenizer.tokenizer.decode(self._signals, skip_special_tokens=False)
         return Drawn(picture, seed, written, time.perf_counter() - begun), logits[0, -1]
 
-    def _load(self, pictures: list[Picture], stats: Stats) -> None:
+    def _see(self, pictures: list[Picture], stats: Stats) -> list[Array]:
+        """Each picture's features. Before the decoder is loaded, so that memory need not hold both."""
         begun = time.perf_counter()
         if any(picture.key not in self._features for picture in pictures):
             self.backend.load("vision")
-        self.backend.load("embed")
-        if self._decoder is None:
-            self._decoder = self.backend.decoder()
-        stats.load_seconds = time.perf_counter() - begun
-
-    def _prefill(self, ids: list[int], pictures: list[Picture], stats: Stats) -> Array:
-        """Logits (vocabulary,) behind the prompt, of which only what the cache lacks is run."""
-        decoder = self._decoder
-        assert decoder is not None
-        begun = time.perf_counter()
+        loaded = time.perf_counter()
         features = [self._look(picture) for picture in pictures]
         if not self.keep_vision:
             self.backend.release("vision")
-        stats.image_seconds = time.perf_counter() - begun
+        stats.load_seconds, stats.image_seconds = loaded - begun, time.perf_counter() - loaded
+        return features
+
+    def _load(self, stats: Stats) -> None:
+        begun = time.perf_counter()
+        self.backend.load("embed")
+        if self._decoder is None:
+            self._decoder = self.backend.decoder()
+        stats.load_seconds += time.perf_counter() - begun
+
+    def _prefill(self, ids: list[int], pictures: list[Picture], features: list[Array], stats: Stats) -> Array:
+        """Logits (vocabulary,) behind the prompt, of which only what the cache lacks is run."""
+        decoder = self._decoder
+        assert decoder is not None
         begun = time.perf_counter()
         del self._cached[decoder.length :]
         keys = [picture.key for picture in pictures]

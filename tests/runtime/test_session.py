@@ -17,7 +17,7 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export.families import split_model
 from mobilemm.models.checkpoints import Loaded
 from mobilemm.runtime.backends import Array
-from mobilemm.runtime.backends.onnx import OnnxBackend
+from mobilemm.runtime.backends.onnx import OnnxBackend, OnnxDecoder
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.pytorch import ChatSession
 from mobilemm.runtime.sampling import Sampling
@@ -311,11 +311,19 @@ def test_a_picture_is_looked_at_once(session: Session, backend: Watched, tmp_pat
     assert backend.ran.count("vision") == 2
 
 
-def test_the_vision_part_may_go_when_it_has_looked(bundle: Bundle) -> None:
+def test_the_vision_part_may_go_when_it_has_looked(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Watched(bundle)
+    released_before_decoder: list[str] = []
+    open_decoder = backend.decoder
+
+    def decoder() -> OnnxDecoder:
+        released_before_decoder.extend(backend.released)
+        return open_decoder()
+
+    monkeypatch.setattr(backend, "decoder", decoder)
     session = Session(bundle, backend, Sampling(4), keep_vision=False)
     ask(session, RED, "What?")
-    assert backend.released == ["vision"]
+    assert backend.released == released_before_decoder == ["vision"]
     assert sorted(backend._sessions) == ["decoder", "embed"]
     ask(session, BLUE, "And?")  # loaded once more
 
