@@ -67,7 +67,7 @@ QUESTIONS = (
     ("I want to see {} in real life. Where should I go?", "Go where one finds {kind}."),
     ("Please explain why people like {}.", "People like it because it is {kind}."),
     ("Can you tell me a story about {}?", "Once upon a time there was {}."),
-    ("Could you compare {} with {other}?", "{A} is {kind}, and no {other}."),
+    ("Could you compare {} with {other}?", "{A} is {kind}, not {other}."),
     ("Produce a short text on {}.", "{A} is {kind}."),
     ("Illustrate with an example what one does with {}.", "For example, one can look at {}."),
     ("What does {} look like?", "It looks like {kind}."),

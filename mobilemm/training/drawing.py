@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mobilemm.data.images import open_image
 from mobilemm.data.mixture import Encoded, Mixture, ScannedSource, collate, encode
 from mobilemm.data.processor import drawings_of
 from mobilemm.errors import MobileMMError
@@ -150,7 +151,10 @@ def keep_states(
             sample = source.source.sample(row, random.Random(0))
             if asking or (drawings_of(sample.messages) and not sample.images):
                 try:
-                    rows[sample.name] = encode(mixture.processor, sample, mixture.max_length)
+                    encoded = encode(mixture.processor, sample, mixture.max_length)
+                    for picture in encoded.images if mixture.features is None else ():
+                        open_image(picture)
+                    rows[sample.name] = encoded
                     places.append(place)
                 except MobileMMError as error:
                     source.reasons[str(error)] += 1
