@@ -1,14 +1,13 @@
-"""A bundle measured on this computer: what the runner finds, beside what this machine could do at best."""
+"""A bundle or checkpoint measured on this computer, beside what this machine could do at best."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,25 +15,38 @@ from typing import Any
 
 from mobilemm import __version__
 from mobilemm.bench import machine
-from mobilemm.bench.limits import Rates, decode_limit, load_limit, prefill_limit
-from mobilemm.bench.result import BundleFacts, Figure, Limit, Machine, MemoryTrace, Result, Settings, Unit
+from mobilemm.bench.limits import Decoding, Rates, decode_limit, load_limit, prefill_limit
+from mobilemm.bench.result import (
+    BundleFacts,
+    Condition,
+    Figure,
+    Limit,
+    Machine,
+    MemoryTrace,
+    Result,
+    Settings,
+    Unit,
+)
 from mobilemm.bench.runner import DEPTH_TOKENS
+from mobilemm.bench.subject import is_bundle
 from mobilemm.errors import MobileMMError, one_line
-from mobilemm.runtime.bundle import Bundle, open_bundle
+from mobilemm.runtime.bundle import open_bundle
 
 # Each in a fresh process, which is what makes them slow.
 LOADS = 3
 
 WHAT = {
-    "load_cold": "load, files not in memory",
+    "load_cold": "load, files on disk",
     "load_warm": "load, files in memory",
     "image": "photo: decode and resize",
-    "vision": "photo: encoder and projector",
-    "ttft": "photo's bytes to first token",
+    "vision": "photo: encode, project",
+    "ttft": "photo to first token",
     "prefill": "read a prompt",
     "decode": "write",
     "token": "write one token",
     "energy": "energy of one token",
+    "draw": "draw a picture",
+    "draw_step": "draw: one step",
 }
 
 
@@ -46,6 +58,9 @@ class Found:
     peaks: dict[str, int] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     trace: dict[str, list[Any]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    bundle: BundleFacts | None = None
+    decoding: Decoding | None = None
     runtime: str = ""
 
     def take(self, line: dict[str, Any], names: dict[str, str]) -> None:
@@ -57,6 +72,11 @@ class Found:
             self.peaks[line["peak"]] = max(line["bytes"], self.peaks.get(line["peak"], 0))
         elif "phase" in line:
             self.phases[line["phase"]] = line["begins"]
+        elif "bundle" in line:
+            self.bundle = BundleFacts.model_validate(line["bundle"])
+            self.decoding = Decoding.model_validate(line["decoding"])
+        elif "absent" in line:
+            self.absent = line["absent"]
         elif "trace" in line:
             self.trace = line["trace"]
         elif "done" in line:
@@ -66,32 +86,45 @@ class Found:
 def bench_here(
     folder: Path, settings: Settings, report: Callable[[str], None] = lambda _: None, device: str = "host"
 ) -> Result:
-    """Measures a bundle. Raises MobileMMError when it is damaged, or a part cannot be run."""
-    bundle = open_bundle(folder)
+    """Measures a bundle, or a checkpoint on PyTorch.
+
+    Raises MobileMMError when it is damaged, or a part cannot be run.
+    """
+    files = _files(folder)
     threads = settings.threads or machine.cores()
     report("measuring the machine")
     rates = Rates(machine.read_bandwidth(threads), machine.operation_rate(threads))
     before = machine.condition()
     found = Found()
     for turn in range(LOADS):
-        if not drop_from_memory(bundle):
+        if not drop_from_memory(files):
             break
         report(f"loading, cold ({turn + 1}/{LOADS})")
-        _run(bundle, "load", settings, found, {"load": "load_cold"})
+        _run(folder, "load", settings, found, {"load": "load_cold"})
     for turn in range(LOADS - 1):
         report(f"loading, warm ({turn + 1}/{LOADS})")
-        _run(bundle, "load", settings, found, {"load": "load_warm"})
+        _run(folder, "load", settings, found, {"load": "load_warm"})
     report("measuring")
-    _run(bundle, "all", settings, found, {"load": "load_warm"})
-    return _result(bundle, settings, rates, before, found, device)
+    _run(folder, "all", settings, found, {"load": "load_warm"})
+    return _result(settings, rates, before, found, device)
 
 
-def drop_from_memory(bundle: Bundle) -> bool:
-    """Asks the system to forget what it holds of the bundle's files; False where it cannot be asked."""
+def _files(folder: Path) -> list[Path]:
+    """What loading reads. Raises MobileMMError for a damaged bundle."""
+    if is_bundle(folder):
+        bundle = open_bundle(folder)
+        return [bundle.path(file.path) for file in bundle.manifest.files]
+    from mobilemm.bench.pytorch import checkpoint_files
+
+    return checkpoint_files(folder)
+
+
+def drop_from_memory(files: Iterable[Path]) -> bool:
+    """Asks the system to forget what it holds of files; False where it cannot be asked."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    for file in bundle.manifest.files:
-        descriptor = os.open(bundle.path(file.path), os.O_RDONLY)
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
@@ -99,8 +132,8 @@ def drop_from_memory(bundle: Bundle) -> bool:
     return True
 
 
-def _run(bundle: Bundle, what: str, settings: Settings, found: Found, names: dict[str, str]) -> None:
-    request = {"bundle": str(bundle.folder.resolve()), "what": what, "settings": settings.model_dump()}
+def _run(folder: Path, what: str, settings: Settings, found: Found, names: dict[str, str]) -> None:
+    request = {"folder": str(folder.resolve()), "what": what, "settings": settings.model_dump()}
     command = [sys.executable, "-m", "mobilemm.bench.runner"]
     for line in runner_lines(command, request):
         found.take(line, names)
@@ -136,26 +169,14 @@ def runner_lines(command: list[str], request: dict[str, Any]) -> Iterator[dict[s
         raise MobileMMError(f"the measuring process ended early: {one_line(last[0])}")
 
 
-def _result(
-    bundle: Bundle, settings: Settings, rates: Rates, before: Any, found: Found, device: str
-) -> Result:
-    manifest = bundle.manifest
-    digest = hashlib.sha256((bundle.folder / "manifest.json").read_bytes()).hexdigest()
-    facts = BundleFacts(
-        name=manifest.model.name,
-        target=manifest.target,
-        digest=digest,
-        bytes=sum(file.bytes for file in manifest.files),
-        parts={name: part.bytes for name, part in manifest.parts.items()},
-        bits={name: part.quantization.bits for name, part in manifest.parts.items()},
-    )
-    # A table that two parts share is one file.
-    files = {file for part in manifest.parts.values() for file in part.files}
-    weights = sum(file.bytes for file in manifest.files if file.path in files)
+def _result(settings: Settings, rates: Rates, before: Condition, found: Found, device: str) -> Result:
+    bundle, decoding = found.bundle, found.decoding
+    assert bundle is not None
+    assert decoding is not None
     limits: dict[str, Limit] = {
-        "prefill": prefill_limit(manifest, settings, rates),
-        "decode": decode_limit(manifest, settings.prompt_tokens + settings.new_tokens / 2, rates),
-        "load_warm": load_limit(weights, rates),
+        "prefill": prefill_limit(decoding, settings, rates),
+        "decode": decode_limit(decoding, settings.prompt_tokens + settings.new_tokens / 2, rates),
+        "load_warm": load_limit(decoding, rates),
     }
     labels = {"prefill": f"pp{settings.prompt_tokens}", "decode": f"tg{settings.new_tokens}"}
     figures = [
@@ -174,10 +195,10 @@ def _result(
         figures.append(
             Figure(
                 name=f"tg{DEPTH_TOKENS}@d{depth}",
-                what=f"write behind {depth} tokens",
+                what=f"write after {depth:,} tokens",
                 unit="tok/s",
                 runs=found.figures[f"depth{depth}"][1],
-                limit=decode_limit(manifest, depth + DEPTH_TOKENS / 2, rates),
+                limit=decode_limit(decoding, depth + DEPTH_TOKENS / 2, rates),
             )
         )
     figures += [
@@ -187,17 +208,15 @@ def _result(
     if found.peaks:
         most = float(max(found.peaks.values()))
         figures.append(Figure(name="memory", what="peak memory of the process", unit="B", runs=[most]))
-    absent = {}
+    absent = dict(found.absent)
     if "energy" not in found.figures:
         absent["energy"] = "no counter of the processor's energy can be read"
     if not found.peaks:
         absent["memory"] = "this system does not count a process' peak"
     if "load_cold" not in found.figures:
         absent["load_cold"] = "this system cannot be asked to forget files"
-    if manifest.target == "coreml" and sys.platform != "darwin":
+    if bundle.target == "coreml" and sys.platform != "darwin":
         absent["Core ML"] = "these are figures of the reference interpreter; Core ML runs on Apple's systems"
-    if "vision" in manifest.parts:
-        absent["projector"] = "it is part of the vision program"
     return Result(
         mobilemm=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -213,7 +232,7 @@ def _result(
             before=before,
             after=machine.condition(),
         ),
-        bundle=facts,
+        bundle=bundle,
         settings=settings,
         figures=figures,
         memory=MemoryTrace(**found.trace, phases=found.phases) if found.trace.get("bytes") else None,

@@ -1,13 +1,11 @@
-"""What a bundle's phases must move and compute at least, from its manifest."""
+"""What the phases must move and compute at least."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mobilemm.bench.result import Limit, Settings
-from mobilemm.runtime.manifest import Manifest
-
-CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+from mobilemm.runtime.manifest import Strict
 
 
 @dataclass(frozen=True)
@@ -18,24 +16,53 @@ class Rates:
     operations: float
 
 
-def prefill_limit(manifest: Manifest, settings: Settings, rates: Rates) -> Limit:
-    """Tokens a second: every weight multiplies and adds once a token; the weights are read once."""
-    model, count = manifest.model, settings.prompt_tokens
-    head = model.vocab_size * model.hidden_size  # for the last position alone
-    products = max(manifest.parts["decoder"].parameters - head, 0) * count + head
-    attention = 2 * model.num_layers * model.num_attention_heads * model.head_dim * count * count / 2
-    return _rate(count, decoder_bytes(manifest), 2 * (products + attention), rates)
+class Decoding(Strict):
+    """A language model, by what it moves and computes.
+
+    Attributes:
+        files: bytes of all parts' weights, which loading reads.
+        bytes: of the weights that each token reads.
+        parameters: that multiply each token.
+        head: those of them that only positions with logits need.
+        cache_bytes: of one number among the keys and values.
+    """
+
+    files: int
+    bytes: int
+    parameters: int
+    head: int
+    layers: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    cache_bytes: int
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Keys and values of one position."""
+        return 2 * self.layers * self.key_value_heads * self.head_dim * self.cache_bytes
 
 
-def decode_limit(manifest: Manifest, length: float, rates: Rates) -> Limit:
+def prefill_limit(model: Decoding, settings: Settings, rates: Rates) -> Limit:
+    """Tokens a second: every weight multiplies and adds once a token; the weights are read once.
+
+    Logits are of the last position alone.
+    """
+    count = settings.prompt_tokens
+    products = max(model.parameters - model.head, 0) * count + model.head
+    attention = 2 * model.layers * model.attention_heads * model.head_dim * count * count / 2
+    return _rate(count, model.bytes, 2 * (products + attention), rates)
+
+
+def decode_limit(model: Decoding, length: float, rates: Rates) -> Limit:
     """Tokens a second behind `length` others: each token reads all weights, and all keys and values."""
-    moved = decoder_bytes(manifest) + length * cache_bytes_per_token(manifest)
-    return _rate(1, moved, 2 * manifest.parts["decoder"].parameters, rates)
+    moved = model.bytes + length * model.cache_bytes_per_token
+    return _rate(1, moved, 2 * model.parameters, rates)
 
 
-def load_limit(total: int, rates: Rates) -> Limit:
+def load_limit(model: Decoding, rates: Rates) -> Limit:
     """Seconds: each byte of the weights is read once, from memory when the system still has it there."""
-    return Limit(best=total / rates.bandwidth, by="bandwidth")
+    return Limit(best=model.files / rates.bandwidth, by="bandwidth")
 
 
 def _rate(tokens: int, moved: float, computed: float, rates: Rates) -> Limit:
@@ -44,17 +71,3 @@ def _rate(tokens: int, moved: float, computed: float, rates: Rates) -> Limit:
     if arithmetic >= reading:
         return Limit(best=tokens / arithmetic, by="operations")
     return Limit(best=tokens / reading, by="bandwidth")
-
-
-def decoder_bytes(manifest: Manifest) -> int:
-    """Of the decoder's weights; where all parts are one file, by the sizes that the parts had alone."""
-    return manifest.parts["decoder"].bytes or manifest.parts["decoder"].peak_memory // 2
-
-
-def cache_bytes_per_token(manifest: Manifest) -> int:
-    """Keys and values of one position, in the type that the decoder has them in."""
-    model = manifest.model
-    kinds = {one.dtype for one in manifest.parts["decoder"].inputs if one.name.startswith("past_key_values.")}
-    default = "float16" if manifest.target == "coreml" else "float32"
-    width = CACHE_BYTES[next(iter(kinds), default)]
-    return 2 * model.num_layers * model.num_key_value_heads * model.head_dim * width

@@ -92,7 +92,11 @@ class Machine(Strict):
 
 
 class BundleFacts(Strict):
-    """What was measured. `digest` is the manifest's SHA-256; `parts` maps part to bytes."""
+    """What was measured.
+
+    `digest` is the manifest's SHA-256, or that of all of a checkpoint's files; `parts` maps part to bytes.
+    `target` of a checkpoint is "pytorch".
+    """
 
     name: Name
     target: Name
@@ -103,11 +107,15 @@ class BundleFacts(Strict):
 
 
 class Settings(Strict):
-    """How it was measured. `threads` None: what the runtime takes by itself."""
+    """How it was measured.
+
+    `threads` None: what the runtime takes by itself. `steps` of a drawing; None: those it was made for.
+    """
 
     prompt_tokens: Annotated[int, Field(ge=1, le=2**20)] = 144
     new_tokens: Annotated[int, Field(ge=2, le=2**20)] = 64
     images: Annotated[int, Field(ge=0, le=64)] = 1
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     runs: Annotated[int, Field(ge=1, le=1000)] = 5
     threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
 

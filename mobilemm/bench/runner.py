@@ -1,11 +1,11 @@
-"""Measures one bundle in a process of its own, so that nothing else is in its memory.
+"""Measures one bundle or checkpoint in a process of its own, so that nothing else is in its memory.
 
     python -m mobilemm.bench.runner < request.json
 
 The request is `Request` as JSON; what comes out is one JSON object a line: `{"figure": …, "unit": …, "runs":
-[…]}`, `{"phase": …, "begins": seconds}`, `{"peak": phase, "bytes": …}`, `{"trace": …}`, at last
-`{"done": …}`. It needs what `mobilemm run` needs, no more,
-so that it can be sent to a board.
+[…]}`, `{"phase": …, "begins": seconds}`, `{"peak": phase, "bytes": …}`, `{"bundle": …, "decoding": …}`,
+`{"absent": …}`, `{"trace": …}`, at last `{"done": …}`. For a bundle it needs what `mobilemm run` needs, no more:
+it can be sent to a board.
 """
 
 from __future__ import annotations
@@ -26,13 +26,9 @@ from PIL import Image
 
 from mobilemm.bench.machine import EnergyMeter
 from mobilemm.bench.result import Settings
+from mobilemm.bench.subject import Subject, open_subject
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.backends import Array, Backend, open_backend
-from mobilemm.runtime.bundle import Bundle, open_bundle
-from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.manifest import Strict
-from mobilemm.runtime.sampling import Sampling
-from mobilemm.runtime.session import Session
 
 QUESTION = "What is in this picture?"
 # Positions that tokens are written behind, as far as the context goes, and how many tokens.
@@ -47,7 +43,7 @@ PHOTO = (1280, 960)
 class Request(Strict):
     """`load` only loads all parts, once; `all` measures everything."""
 
-    bundle: str
+    folder: str
     what: Literal["load", "all"] = "all"
     settings: Settings = Settings()
 
@@ -58,62 +54,53 @@ class Runner:
     def __init__(self, request: Request, out: TextIO) -> None:
         self.settings, self.out = request.settings, out
         self.begun = time.perf_counter()
-        self.bundle: Bundle = open_bundle(Path(request.bundle), verify=False)
-        self.manifest = self.bundle.manifest
-        self.backend: Backend = open_backend(self.bundle, self.settings.threads)
+        self.subject: Subject = open_subject(Path(request.folder), self.settings.threads, self.settings.steps)
 
     def load(self) -> None:
-        """Of all parts, one after the other."""
+        """All parts, one after the other."""
         with self._phase("load"):
             begun = time.perf_counter()
-            for part in self.manifest.parts:
-                if part != "decoder":
-                    self.backend.load(part)
-            self.decoder = self.backend.decoder()
+            self.subject.load()
             self._tell("load", "s", [time.perf_counter() - begun])
 
     def measure(self) -> None:
         """Everything, the parts being loaded."""
-        settings, runs = self.settings, self.settings.runs
-        if self.manifest.image is not None and settings.images:
-            photos = [photograph(index) for index in range(runs + 1)]
-            image = self.manifest.image
-            with self._phase("image"):
-                pixels = []
-                self._repeat("image", lambda index: pixels.append(to_pixels(photos[index], image)))
-            with self._phase("vision"):
-                self._repeat(
-                    "vision", lambda index: self.backend.run("vision", {"pixels": pixels[index][None]})
-                )
-            with self._phase("ttft"):
-                self._time_to_first_token()
+        bundle, decoding = self.subject.facts()
+        self._write({"bundle": bundle.model_dump(), "decoding": decoding.model_dump()})
+        if self.subject.takes_pictures and self.settings.images:
+            self._photos()
         with self._phase("prefill"):
             self._prefill()
         with self._phase("decode"):
             self._decode()
         with self._phase("depth"):
             self._decode_at_depths()
+        if self.subject.draws:
+            with self._phase("drawing"):
+                self._draw()
+        self._write({"absent": self.subject.absent})
 
-    def _time_to_first_token(self) -> None:
-        """From the bytes of new pictures to the first token, the question's tokens among what is read."""
-        session = Session(self.bundle, self.backend, Sampling(max_new_tokens=1))
+    def _photos(self) -> None:
+        subject = self.subject
+        photos = [photograph(index) for index in range(self.settings.runs + 1)]
+        pixels: list[Any] = []
+        with self._phase("image"):
+            self._repeat("image", lambda index: pixels.append(subject.to_pixels(photos[index])))
+        with self._phase("vision"):
+            self._repeat("vision", lambda index: subject.look(pixels[index]))
         count = self.settings.images
-
-        def ask(index: int) -> None:
-            session.reset()
-            for photo in photos[index * count : (index + 1) * count]:
-                session.look_at(photo)
-            session.reply(QUESTION)
-
         photos = [photograph(1000 + index) for index in range((self.settings.runs + 1) * count)]
-        self._repeat("ttft", ask)
+        with self._phase("ttft"):
+            self._repeat(
+                "ttft", lambda index: subject.ask(photos[index * count : (index + 1) * count], QUESTION)
+            )
 
     def _prefill(self) -> None:
         ids = self._ids(self.settings.prompt_tokens)
 
         def read(_: int) -> None:
-            self.decoder.truncate(0)
-            self.decoder.decode(self._embed(ids))
+            self.subject.truncate(0)
+            self._next(ids)
 
         rates = [self.settings.prompt_tokens / seconds for seconds in self._times(read)]
         self._tell("prefill", "tok/s", rates)
@@ -126,12 +113,12 @@ class Runner:
         rates: list[float] = []
         joules: list[float] = []
         for turn in range(self.settings.runs + 1):
-            self.decoder.truncate(0)
-            token = int(self.decoder.decode(self._embed(ids))[0, -1].argmax())
+            self.subject.truncate(0)
+            token = self._next(ids)
             meter = EnergyMeter()
             begun = last = time.perf_counter()
             for _ in range(count):
-                token = int(self.decoder.decode(self._embed([token]))[0, -1].argmax())
+                token = self._next([token])
                 now = time.perf_counter()
                 if turn:
                     each.append(now - last)
@@ -147,33 +134,42 @@ class Runner:
     def _decode_at_depths(self) -> None:
         """Behind longer and longer texts: attention reads more keys and values with each token."""
         for depth in DEPTHS:
-            if depth + DEPTH_TOKENS > self.manifest.model.context_length:
+            if depth + DEPTH_TOKENS > self.subject.context_length:
                 break
             ids = self._ids(depth)
-            self.decoder.truncate(0)
+            self.subject.truncate(0)
             for start in range(0, depth, DEPTHS[0]):
-                logits = self.decoder.decode(self._embed(ids[start : start + DEPTHS[0]]))
-            token = int(logits[0, -1].argmax())
+                token = self._next(ids[start : start + DEPTHS[0]])
             rates = []
             for turn in range(min(self.settings.runs, 3) + 1):
-                self.decoder.truncate(depth)
+                self.subject.truncate(depth)
                 begun = time.perf_counter()
                 for _ in range(DEPTH_TOKENS):
-                    token = int(self.decoder.decode(self._embed([token]))[0, -1].argmax())
+                    token = self._next([token])
                 if turn:  # the first warms up
                     rates.append(DEPTH_TOKENS / (time.perf_counter() - begun))
             self._tell(f"depth{depth}", "tok/s", rates)
 
-    def _ids(self, count: int) -> list[int]:
-        model = self.manifest.model
-        drawn = np.random.default_rng(0).integers(0, model.vocab_size, 2 * count + 64)
-        special = {model.image_token_id, *model.eos_token_ids}
-        return [int(token) for token in drawn if int(token) not in special][:count]
+    def _draw(self) -> None:
+        """Whole pictures, and their steps; where those are one program, each step's share of the whole."""
+        steps: list[float] = []
 
-    def _embed(self, ids: list[int]) -> Array:
-        empty = np.zeros((0, self.manifest.model.hidden_size), np.float32)
-        inputs: dict[str, Array] = {"input_ids": np.array([ids], np.int64), "image_features": empty}
-        return self.backend.run("embed", inputs)["inputs_embeds"]
+        def draw(index: int) -> None:
+            begun = time.perf_counter()
+            found = self.subject.draw(index)
+            if index:  # the first warms up
+                share = (time.perf_counter() - begun) / self.subject.draws
+                steps.extend(found or [share])
+
+        self._repeat("draw", draw)
+        self._tell("draw_step", "s", steps)
+
+    def _ids(self, count: int) -> list[int]:
+        words = self.subject.words
+        return [words[index % len(words)] for index in range(count)]
+
+    def _next(self, ids: list[int]) -> int:
+        return self.subject.decode(self.subject.embed(ids))
 
     def _repeat(self, name: str, action: Callable[[int], Any]) -> None:
         self._tell(name, "s", self._times(action))
@@ -231,11 +227,12 @@ def photograph(seed: int) -> bytes:
     """A JPEG as large as a telephone's: noise over a gradient, another one for each seed."""
     generator = np.random.default_rng(seed)
     width, height = PHOTO
-    rows = np.linspace(0, 200, height)[:, None, None]
-    columns = np.linspace(0, 55, width)[None, :, None]
-    pixels = (rows + columns + generator.integers(0, 24, (height, width, 3))).clip(0, 255)
+    pixels = np.empty((height, width, 3), np.uint8)
+    columns = np.linspace(0, 31, width, dtype=np.uint8)[:, None]
+    for index in range(height):  # row by row: it should not show in the process' memory
+        pixels[index] = generator.integers(0, 24, (width, 3), np.uint8) + columns + 200 * index // height
     with io.BytesIO() as file:
-        Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=90)
+        Image.fromarray(pixels).save(file, "JPEG", quality=90)
         return file.getvalue()
 
 
@@ -280,7 +277,7 @@ def main() -> None:
             runner.measure()
             trace.stop()
             out.write(json.dumps({"trace": {"seconds": trace.seconds, "bytes": trace.bytes}}) + "\n")
-        out.write(json.dumps({"done": runner.backend.runtime}) + "\n")
+        out.write(json.dumps({"done": runner.subject.runtime}) + "\n")
     except MobileMMError as error:
         out.write(json.dumps({"error": str(error)}) + "\n")
         out.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,41 +13,48 @@ from mobilemm.bench.result import Figure, Result, Unit
 
 
 def result_table(result: Result) -> Table:
-    """One bundle's figures: median, spread, and the fraction of what the machine could do at best."""
+    """One subject's figures, 80 columns wide: median, spread, and the fraction of what the machine could do."""
     title = (
         f"{result.bundle.name} for {result.bundle.target} on {result.machine.processor} ({result.runtime})"
     )
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("test")
-    table.add_column("what")
-    for heading in ("median", "p10", "p90", "runs", "limit", "reached"):
-        table.add_column(heading, justify="right")
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("test", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    for heading in ("median", "p10–p90", "of the limit"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for figure in result.figures:
-        reached = "" if figure.fraction is None else f"{figure.fraction:.0%}"
-        limit = "" if figure.limit is None else f"{shown(figure.limit.best, figure.unit)}"
-        table.add_row(
-            figure.name,
-            figure.what,
-            shown(figure.median, figure.unit),
-            shown(figure.p10, figure.unit),
-            shown(figure.p90, figure.unit),
-            str(len(figure.runs)),
-            limit,
-            reached,
-        )
-    table.add_section()
-    for part, size in result.bundle.parts.items():
-        table.add_row("size", f"{part}, {result.bundle.bits[part]} bits", shown(size, "B"))
-    table.add_row("size", "all files", shown(result.bundle.bytes, "B"))
+        if figure.unit == "B":
+            continue
+        spread = "" if len(figure.runs) == 1 else _span(figure)
+        limit = ""
+        if figure.limit is not None and figure.fraction is not None:
+            limit = f"{figure.fraction:.0%} of {shown(figure.limit.best, figure.unit).removesuffix(' t/s')}"
+        table.add_row(figure.name, figure.what, shown(figure.median, figure.unit), spread, limit)
     return table
+
+
+def _span(figure: Figure) -> str:
+    """From p10 to p90, the unit told once where it is the same."""
+    low, high = shown(figure.p10, figure.unit), shown(figure.p90, figure.unit)
+    number, unit = low.rsplit(" ", 1)
+    return f"{number}–{high}" if high.endswith(f" {unit}") else f"{low}–{high}"
 
 
 def notes(result: Result) -> list[str]:
     """What stands below the table: the machine, its condition, what is missing."""
     machine = result.machine
-    lines = [
-        f"{machine.cores} cores, {machine.bandwidth / 1e9:.1f} GB/s read,"
-        f" {machine.operations / 1e9:.0f} GFLOP/s in float32, both measured"
+    peaks = {one.name.removeprefix("memory_"): one.median for one in result.figures if one.unit == "B"}
+    phases = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in peaks.items() if name != "memory")
+    lines = [f"peak memory: {shown(peaks['memory'], 'B')} ({phases})"] if peaks else []
+    sizes = (
+        f"{part} {shown(size, 'B')} ({result.bundle.bits[part]} bits)"
+        for part, size in result.bundle.parts.items()
+    )
+    lines += [
+        f"size: {shown(result.bundle.bytes, 'B')}; {', '.join(sizes)}",
+        f"{result.settings.runs} runs behind one that warmed up;"
+        f" {machine.cores} cores, {machine.bandwidth / 1e9:.1f} GB/s read,"
+        f" {machine.operations / 1e9:.0f} GFLOP/s in float32, both measured",
     ]
     for name, condition in (("before", machine.before), ("after", machine.after)):
         facts = []
@@ -88,14 +96,14 @@ def change_table(changes: Sequence[Change], units: dict[str, Unit], before: str,
 
 
 def shown(value: float, unit: Unit) -> str:
-    """A figure with its unit."""
+    """A figure with its unit; tokens a second as llama-bench has them."""
     if unit == "s":
         return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
     if unit == "B":
         return f"{value / 1e6:,.1f} MB"
     if unit == "J":
         return f"{value:.3f} J"
-    return f"{value:,.1f} tok/s"
+    return f"{value:,.1f} t/s"
 
 
 def units_of(figures: Sequence[Figure]) -> dict[str, Unit]:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from mobilemm.bench.host import bench_here, runner_lines
-from mobilemm.bench.limits import cache_bytes_per_token
 from mobilemm.bench.result import Result, Settings
 from mobilemm.bench.runner import QUESTION, Request, Runner, photograph
+from mobilemm.bench.subject import decoding_of
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import open_bundle
@@ -49,8 +49,9 @@ def test_every_phase_is_measured(result: Result, bundle: Path) -> None:
 def test_limits_are_what_the_manifest_and_the_machine_say(result: Result, bundle: Path) -> None:
     manifest = open_bundle(bundle).manifest
     model = manifest.model
-    assert cache_bytes_per_token(manifest) == 8 * 2 * model.num_key_value_heads * model.head_dim * 4
-    moved = manifest.parts["decoder"].bytes + (32 + 12) * cache_bytes_per_token(manifest)
+    cached = decoding_of(manifest).cache_bytes_per_token
+    assert cached == 8 * 2 * model.num_key_value_heads * model.head_dim * 4
+    moved = manifest.parts["decoder"].bytes + (32 + 12) * cached
     decode = result.figure("tg24")
     assert decode.limit is not None
     assert decode.limit.by == "bandwidth"
@@ -59,7 +60,7 @@ def test_limits_are_what_the_manifest_and_the_machine_say(result: Result, bundle
 
 def test_decoding_is_as_fast_as_a_loop_on_the_runtime_itself(bundle: Path) -> None:
     """onnxruntime's own calls with a growing cache of plain arrays, in turns with the runner."""
-    runner = Runner(Request(bundle=str(bundle), settings=SETTINGS), io.StringIO())
+    runner = Runner(Request(folder=str(bundle), settings=SETTINGS), io.StringIO())
     runner.load()
     for _ in range(TRIES):
         begin = runner.out.tell()  # type: ignore[union-attr]
@@ -77,8 +78,9 @@ def loop_rate(runner: Runner) -> float:
     """Tokens a second of a greedy loop that knows sessions and arrays, nothing of the decoder's class."""
     import onnxruntime
 
-    embed, decoder = runner.backend.session("embed"), runner.backend.session("decoder")  # type: ignore[attr-defined]
-    model = runner.manifest.model
+    backend = runner.subject.backend  # type: ignore[attr-defined]
+    embed, decoder = backend.session("embed"), backend.session("decoder")
+    model = runner.subject.manifest.model  # type: ignore[attr-defined]
     capacity = SETTINGS.prompt_tokens + SETTINGS.new_tokens
     names = [value.name for value in decoder.get_inputs() if value.name.startswith("past_key_values.")]
     shape = (1, model.num_key_value_heads, capacity, model.head_dim)
@@ -128,7 +130,7 @@ def test_the_first_token_comes_when_a_stopwatch_says(result: Result, bundle: Pat
 
 def test_memory_is_what_the_kernel_accounts_for(bundle: Path, tmp_path: Path) -> None:
     """The peak that the runner tells, and what its process is seen to hold by another one."""
-    request = Request(bundle=str(bundle), settings=SETTINGS).model_dump_json()
+    request = Request(folder=str(bundle), settings=SETTINGS).model_dump_json()
     lines = tmp_path / "lines"
     seen = 0
     with lines.open("w") as out:
@@ -152,7 +154,7 @@ def test_memory_is_what_the_kernel_accounts_for(bundle: Path, tmp_path: Path) ->
 def test_a_runner_that_fails_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mobilemm.bench.runner"]
     with pytest.raises(MobileMMError, match=r"manifest\.json") as raised:
-        list(runner_lines(command, {"bundle": str(tmp_path)}))
+        list(runner_lines(command, {"folder": str(tmp_path)}))
     assert "\n" not in str(raised.value)
     with pytest.raises(MobileMMError, match="ended early: gone"):
         list(runner_lines([sys.executable, "-c", "import sys; sys.exit('gone')"], {}))

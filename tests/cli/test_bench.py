@@ -28,7 +28,7 @@ def test_a_table_and_a_file(run: Run, bundle: Path, tmp_path: Path) -> None:
     flags = ["--prompt-tokens", 8, "--new-tokens", 4, "--runs", 4, "--threads", 1, "--json", path]
     ended = run("bench", bundle, *flags)
     assert ended.code == 0
-    for word in ("pp8", "tg4", "ttft", "load_cold", "memory", "GB/s read", "reached"):
+    for word in ("pp8", "tg4", "ttft", "load_cold", "memory", "GB/s read", "of the limit"):
         assert word in ended.stdout
     content = json.loads(path.read_text())
     jsonschema.validate(content, json.loads(json_schema()))
