@@ -436,14 +436,23 @@ def test_dex(arguments: argparse.Namespace) -> None:
     junit([tests, ours, *libraries], classes, arguments)
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    """The app's benchmark on this computer's JVM, for `mobilemm compare` with `mobilemm bench --json`."""
+def app_benchmark() -> list[str]:
+    """A command that measures as the app does; it takes a folder of external files and `am start`'s extras."""
     main, libraries, tests = core_tests()
     classpath = os.pathsep.join(map(str, [tests, main, *libraries]))
-    options = [arguments.bundle.resolve(), arguments.out.resolve(), arguments.threads, arguments.runs]
-    print(
-        run(["java", "-Xmx2g", "-cp", classpath, "org.mobilemm.HostBenchmarkKt", *map(str, options)]).strip()
-    )
+    return ["java", "-Xmx2g", "-cp", classpath, "org.mobilemm.HostBenchmarkKt"]
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """The app's benchmark on this computer's JVM, for `mobilemm compare` with `mobilemm bench --json`."""
+    files = OUT / "external-files"
+    shutil.rmtree(files, ignore_errors=True)
+    (files / "bench").mkdir(parents=True)
+    (files / "bench" / "bundle").symlink_to(arguments.bundle.resolve())
+    extras = ["--es", "bundle", "bundle", "--es", "out", "result.json"]
+    extras += ["--ei", "threads", str(arguments.threads), "--ei", "runs", str(arguments.runs)]
+    print(run([*app_benchmark(), files, *extras]).strip())
+    shutil.copy(files / "result.json", arguments.out)
 
 
 def test_app(arguments: argparse.Namespace) -> None:

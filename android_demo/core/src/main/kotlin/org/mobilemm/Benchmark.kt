@@ -5,6 +5,7 @@ import java.security.MessageDigest
 import java.util.Locale
 import java.util.Random
 import java.util.concurrent.Executors
+import java.util.concurrent.TimeUnit
 
 /** How it is measured; the keys of `mobilemm bench`'s settings. `threads` 0: what the runtime takes by itself. */
 data class BenchmarkSettings(
@@ -13,7 +14,21 @@ data class BenchmarkSettings(
     val images: Int = 1,
     val runs: Int = 5,
     val threads: Int = 0,
-)
+) {
+    companion object {
+        /** From extras of those names, null where there is none; each at most what a phone can do. */
+        fun of(extra: (name: String) -> Int?): BenchmarkSettings {
+            val default = BenchmarkSettings()
+            return BenchmarkSettings(
+                promptTokens = (extra("prompt_tokens") ?: default.promptTokens).coerceIn(1, 4096),
+                newTokens = (extra("new_tokens") ?: default.newTokens).coerceIn(2, 4096),
+                images = (extra("images") ?: default.images).coerceIn(0, 8),
+                runs = (extra("runs") ?: default.runs).coerceIn(1, 100),
+                threads = (extra("threads") ?: default.threads).coerceIn(0, 64),
+            )
+        }
+    }
+}
 
 /** One thing measured, in the words of `mobilemm bench`: `pp144` reads 144 tokens, `tg64` writes 64. */
 class Figure(val name: String, val what: String, val unit: String, val runs: List<Double>) {
@@ -33,6 +48,12 @@ interface Device {
 
     /** A photograph's bytes, another one for each seed. */
     fun photograph(seed: Int): ByteArray
+
+    /** Watts that its battery gives at this moment; null where that cannot be read, or the battery is charged. */
+    fun power(): Double?
+
+    /** Temperatures in °C, beside those that the system's files tell. */
+    fun celsius(): Map<String, Double>
 }
 
 /**
@@ -132,23 +153,51 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         val ids = ids()
         val each = ArrayList<Double>()
         val rates = ArrayList<Double>()
+        val energy = ArrayList<Double>()
         val size = manifest.model.vocabSize
         for (turn in 0..settings.runs) {
             decoder.truncate(0)
             var token = Sampler.largest(size, decoder.decode(embed(backend, ids), null)::get)
-            val begun = System.nanoTime()
-            var last = begun
-            repeat(settings.newTokens) {
-                token = Sampler.largest(size, decoder.decode(embed(backend, listOf(token)), null)::get)
-                val now = System.nanoTime()
-                // The first run warms up.
-                if (turn > 0) each += (now - last) / 1e9
-                last = now
-            }
-            if (turn > 0) rates += settings.newTokens / ((last - begun) / 1e9)
+            val joules =
+                joules {
+                    val begun = System.nanoTime()
+                    var last = begun
+                    repeat(settings.newTokens) {
+                        token = Sampler.largest(size, decoder.decode(embed(backend, listOf(token)), null)::get)
+                        val now = System.nanoTime()
+                        // The first run warms up.
+                        if (turn > 0) each += (now - last) / 1e9
+                        last = now
+                    }
+                    if (turn > 0) rates += settings.newTokens / ((last - begun) / 1e9)
+                }
+            if (turn > 0 && joules != null) energy += joules / settings.newTokens
         }
         tell("tg${settings.newTokens}", "write", "tok/s", rates)
         tell("token", "write one token", "s", each)
+        if (energy.isNotEmpty()) tell("energy", "energy of one token, the whole device", "J", energy)
+    }
+
+    /** What the battery gives while `action` runs, by its power at many moments; null where that is not known. */
+    private fun joules(action: () -> Unit): Double? {
+        val first = device.power()
+        if (first == null) {
+            action()
+            return null
+        }
+        val watts = arrayListOf(first)
+        val meter = Executors.newSingleThreadScheduledExecutor()
+        val begun = System.nanoTime()
+        val seconds: Double
+        try {
+            meter.scheduleAtFixedRate({ device.power()?.let(watts::add) }, POWER_INTERVAL, POWER_INTERVAL, TimeUnit.MILLISECONDS)
+            action()
+        } finally {
+            seconds = secondsSince(begun)
+            meter.shutdown()
+            meter.awaitTermination(1, TimeUnit.SECONDS)
+        }
+        return watts.average() * seconds
     }
 
     private fun ids(): List<Int> {
@@ -210,7 +259,8 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
     ): Map<String, Any?> {
         for ((phase, bytes) in peaks) tell("memory_$phase", "peak memory: $phase", "B", listOf(bytes.toDouble()))
         peaks.values.maxOrNull()?.let { tell("memory", "peak memory of the process", "B", listOf(it.toDouble())) }
-        val absent = linkedMapOf("energy" to "no counter of the processor's energy can be read", "load_cold" to "this system cannot be asked to forget files")
+        val absent = linkedMapOf("load_cold" to "this system cannot be asked to forget files")
+        if (figures.none { it.name == "energy" }) absent["energy"] = "the battery is being charged, or does not tell its current"
         if (peaks.isEmpty()) absent["memory"] = "this system does not count a process' peak"
         if ("vision" in manifest.parts) absent["projector"] = "it is part of the vision program"
         val digest = MessageDigest.getInstance("SHA-256").digest(File(bundle.folder, Bundle.MANIFEST).readBytes())
@@ -253,6 +303,23 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         )
     }
 
+    /** Clocks in MHz and temperatures in °C, as far as the system tells. */
+    private fun condition(): Map<String, Any?> {
+        fun number(file: File) = runCatching { file.readText().trim().toDouble() }.getOrNull()
+        val clocks =
+            (File("/sys/devices/system/cpu").listFiles() ?: emptyArray())
+                .filter { Regex("cpu[0-9]+").matches(it.name) }
+                .sortedBy { it.name.drop(3).toInt() }
+                .mapNotNull { number(File(it, "cpufreq/scaling_cur_freq"))?.div(1000) }
+        val zones =
+            (File("/sys/class/thermal").listFiles() ?: emptyArray()).filter { it.name.startsWith("thermal_zone") }.mapNotNull { zone ->
+                val degrees = number(File(zone, "temp")) ?: return@mapNotNull null
+                val name = runCatching { File(zone, "type").readText().trim() }.getOrNull()
+                (if (name.isNullOrEmpty()) zone.name else name) to degrees / 1000
+            }
+        return mapOf("clock_mhz" to clocks, "celsius" to zones.toMap() + device.celsius(), "load" to null)
+    }
+
     /** What was measured, for a chart. */
     val found: List<Figure> get() = figures
 
@@ -266,6 +333,9 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         const val VERSION = "0.1.0"
         const val QUESTION = "What is in this picture?"
         private const val ROUNDS = 5
+
+        /** Milliseconds between two looks at the battery: its gauge is not read much more often. */
+        private const val POWER_INTERVAL = 250L
         private const val LONGS = 1 shl 23
         private const val PRODUCTS = 1 shl 24
 
@@ -308,23 +378,6 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
                 sink = sums.sum().toDouble()
             }
             return best
-        }
-
-        /** Clocks in MHz and temperatures in °C, as far as the system tells. */
-        private fun condition(): Map<String, Any?> {
-            fun number(file: File) = runCatching { file.readText().trim().toDouble() }.getOrNull()
-            val clocks =
-                (File("/sys/devices/system/cpu").listFiles() ?: emptyArray())
-                    .filter { Regex("cpu[0-9]+").matches(it.name) }
-                    .sortedBy { it.name.drop(3).toInt() }
-                    .mapNotNull { number(File(it, "cpufreq/scaling_cur_freq"))?.div(1000) }
-            val zones =
-                (File("/sys/class/thermal").listFiles() ?: emptyArray()).filter { it.name.startsWith("thermal_zone") }.mapNotNull { zone ->
-                    val degrees = number(File(zone, "temp")) ?: return@mapNotNull null
-                    val name = runCatching { File(zone, "type").readText().trim() }.getOrNull()
-                    (if (name.isNullOrEmpty()) zone.name else name) to degrees / 1000
-                }
-            return mapOf("clock_mhz" to clocks, "celsius" to zones.toMap(), "load" to null)
         }
     }
 }

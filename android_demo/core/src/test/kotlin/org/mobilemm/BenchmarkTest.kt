@@ -1,12 +1,14 @@
 package org.mobilemm
 
 import org.junit.Assert.assertEquals
+import org.junit.Assert.assertFalse
 import org.junit.Assert.assertTrue
 import org.junit.Test
 import java.awt.image.BufferedImage
 import java.awt.image.DataBufferByte
 import java.io.ByteArrayOutputStream
 import java.io.File
+import java.nio.file.Files
 import java.util.Random
 import javax.imageio.ImageIO
 
@@ -42,6 +44,10 @@ class Computer : Device {
         for (y in 0 until 960) for (x in 0 until 1280) image.setRGB(x, y, (200 * y / 960 + 55 * x / 1280 + draw.nextInt(24)).coerceAtMost(255) * 0x010101)
         return ByteArrayOutputStream().also { ImageIO.write(image, "jpg", it) }.toByteArray()
     }
+
+    override fun power(): Double? = null
+
+    override fun celsius(): Map<String, Double> = emptyMap()
 }
 
 class BenchmarkTest {
@@ -56,7 +62,52 @@ class BenchmarkTest {
             assertTrue(name, figures.getValue(name).runs.all { it > 0 })
         }
         assertEquals(8, figures.getValue("token").runs.size)
+        assertEquals(Bundle.sha256(Vectors.bundle.folder, Bundle.MANIFEST), (result["bundle"] as Map<*, *>)["digest"])
+        assertTrue("energy" in result["absent"] as Map<*, *>)
         // Read by the Python package in tests/android/test_benchmark_result.py, where there is one.
         File(Vectors.folder, "benchmark.json").writeText(Json.write(listOf(result), indent = 1))
+    }
+
+    @Test fun `a battery that tells its power gives joules a token`() {
+        val settings = BenchmarkSettings(promptTokens = 8, newTokens = 4, images = 0, runs = 2, threads = 1)
+        val phone =
+            object : Device by Computer() {
+                override fun power() = 5.0
+
+                override fun celsius() = mapOf("battery" to 31.5)
+            }
+        val benchmark = Benchmark(Vectors.bundle, settings, phone)
+        val result = benchmark.run()
+        val figures = benchmark.found.associateBy { it.name }
+        val perToken = figures.getValue("tg4").runs.map { 5 / it }
+        figures.getValue("energy").runs.zip(perToken) { found, expected -> assertEquals(expected, found, 0.2 * expected) }
+        assertFalse("energy" in result["absent"] as Map<*, *>)
+        val after = (result["machine"] as Map<*, *>)["after"] as Map<*, *>
+        assertEquals(31.5, (after["celsius"] as Map<*, *>)["battery"])
+    }
+
+    @Test fun `a computer finds the bundle's result, or why there is none`() {
+        val folder = Files.createTempDirectory("files").toFile()
+        val files = BenchmarkFolder(folder)
+        files.create()
+        Vectors.bundle.folder.copyRecursively(File(folder, "bench/one"))
+        assertEquals(Vectors.bundle.manifest.model.name, files.bundle("one").manifest.model.name)
+        for (name in listOf("../one", "..", "", ".one", "one/parts", "/etc", "o\u0000ne")) {
+            val message = runCatching { files.bundle(name) }.exceptionOrNull()!!.message!!
+            assertTrue(message, "is no name for a bundle" in message)
+        }
+        val state = File(folder, "out.json.state")
+        files.write("out.json") { report ->
+            report("loading")
+            assertEquals("step: loading\n", state.readText())
+            mapOf("found" to 1)
+        }
+        assertEquals(listOf(mapOf("found" to 1L)), Json.parse(File(folder, "out.json").readBytes()))
+        assertEquals(setOf("bench", "out.json"), folder.list()!!.toSet())
+        File(folder, "bench/one/manifest.json").appendText(" ")
+        assertTrue(runCatching { files.write("out.json") { files.bundle("one"); emptyMap() } }.isFailure)
+        assertTrue(state.readText(), state.readText().startsWith("failed: ") && "manifest.json" in state.readText())
+        assertFalse(File(folder, "out.json").exists())
+        folder.deleteRecursively()
     }
 }

@@ -4,18 +4,21 @@ import android.app.Activity
 import android.content.Intent
 import android.os.Bundle
 import android.util.Log
+import android.view.View
+import android.view.WindowManager
 import android.widget.Button
 import android.widget.TextView
 import org.mobilemm.BenchmarkSettings
 
 /**
- * Measures the bundle in use, and draws what was found.
+ * Measures a bundle, and draws what was found.
  *
- *     adb shell am start -n org.mobilemm.demo/.BenchmarkActivity --ez run true --ei prompt_tokens 144 \
+ *     adb shell am start -n org.mobilemm.demo/.BenchmarkActivity --ez run true --es bundle NAME --ei prompt_tokens 144 \
  *         --ei new_tokens 64 --ei runs 5 --ei images 1 --ei threads 0 --es out result.json
  *
- * writes the result, in the schema of `mobilemm bench`, to `out` in the app's folder of external files, and logs one
- * line under the tag MobileMMBench when it is there, or why it is not.
+ * measures `bench/NAME` in the app's folder of external files, without `bundle` the one in use, and writes the result
+ * there, in the schema of `mobilemm bench`. What is measured, and why there is no result, stands in `result.json.state`
+ * and in the log under the tag MobileMMBench. `mobilemm bench --device adb:` is what calls it.
  */
 open class BenchmarkActivity : Activity() {
     private val benchmarks get() = (application as DemoApplication).benchmarks
@@ -25,6 +28,7 @@ open class BenchmarkActivity : Activity() {
         super.onCreate(savedInstanceState)
         setContentView(R.layout.benchmark)
         actionBar?.setDisplayHomeAsUpEnabled(true)
+        benchmarks.files.create()
         findViewById<Button>(R.id.run).setOnClickListener {
             if (benchmarks.isRunning) benchmarks.cancel() else benchmarks.start(BenchmarkSettings(runs = 3), DEFAULT_OUT)
         }
@@ -51,26 +55,14 @@ open class BenchmarkActivity : Activity() {
 
     private fun begin(intent: Intent) {
         if (!intent.getBooleanExtra("run", false)) return
-        val default = BenchmarkSettings()
-
-        fun number(
-            name: String,
-            otherwise: Int,
-            least: Int,
-            most: Int,
-        ) = intent.getIntExtra(name, otherwise).coerceIn(least, most)
-        val settings =
-            BenchmarkSettings(
-                promptTokens = number("prompt_tokens", default.promptTokens, 1, 4096),
-                newTokens = number("new_tokens", default.newTokens, 2, 4096),
-                images = number("images", default.images, 0, 8),
-                runs = number("runs", default.runs, 1, 100),
-                threads = number("threads", default.threads, 0, 64),
-            )
+        // What runs in the dark behind the lock gets the slow cores.
+        @Suppress("DEPRECATION")
+        window.addFlags(WindowManager.LayoutParams.FLAG_SHOW_WHEN_LOCKED or WindowManager.LayoutParams.FLAG_TURN_SCREEN_ON)
+        val settings = BenchmarkSettings.of { if (intent.hasExtra(it)) intent.getIntExtra(it, 0) else null }
         // A name, and no way out of the folder.
         val out = (intent.getStringExtra("out") ?: DEFAULT_OUT).filter { it.isLetterOrDigit() || it in "._-" }.trimStart('.')
         Log.i(Benchmarks.TAG, "start $settings")
-        benchmarks.start(settings, out.ifEmpty { DEFAULT_OUT })
+        benchmarks.start(settings, out.ifEmpty { DEFAULT_OUT }, intent.getStringExtra("bundle"))
     }
 
     private fun share() {
@@ -83,6 +75,7 @@ open class BenchmarkActivity : Activity() {
         findViewById<Button>(R.id.run).setText(if (benchmarks.isRunning) R.string.stop else R.string.run_benchmark)
         findViewById<Button>(R.id.share).isEnabled = benchmarks.json != null && !benchmarks.isRunning
         findViewById<ChartView>(R.id.chart).figures = benchmarks.figures
+        findViewById<View>(R.id.chart).keepScreenOn = benchmarks.isRunning
     }
 
     private companion object {

@@ -2,23 +2,26 @@ package org.mobilemm.demo
 
 import android.app.ActivityManager
 import android.content.Context
+import android.content.Intent
+import android.content.IntentFilter
 import android.graphics.Bitmap
+import android.os.BatteryManager
 import android.os.Build
 import android.os.Handler
 import android.os.Looper
 import android.util.Log
 import org.mobilemm.Benchmark
+import org.mobilemm.BenchmarkFolder
 import org.mobilemm.BenchmarkSettings
 import org.mobilemm.Bundle
 import org.mobilemm.Device
 import org.mobilemm.Figure
-import org.mobilemm.Json
 import org.mobilemm.MobileMMError
 import org.mobilemm.Raster
 import java.io.ByteArrayOutputStream
 import java.io.File
-import java.io.IOException
 import java.util.Random
+import kotlin.math.abs
 
 /** The benchmark that is under way, and the last one's result; of the main thread. */
 class Benchmarks(private val context: Context, private val models: Models, private val chat: Chat) {
@@ -44,10 +47,17 @@ class Benchmarks(private val context: Context, private val models: Models, priva
         benchmark?.backend?.cancel()
     }
 
-    /** Measures the bundle in use, with no other model in memory; `out` is a file's name. */
+    /** Where a computer puts bundles, and looks for results. */
+    val files get() = BenchmarkFolder(context.getExternalFilesDir(null) ?: context.filesDir)
+
+    /**
+     * Measures a bundle, with no other model in memory: the one of that name among [files], without a name the one in
+     * use. `out` is a file's name there.
+     */
     fun start(
         settings: BenchmarkSettings,
         out: String,
+        bundle: String? = null,
     ) {
         if (isRunning) return
         isRunning = true
@@ -55,13 +65,10 @@ class Benchmarks(private val context: Context, private val models: Models, priva
         chat.alone {
             val end =
                 try {
-                    measure(settings, out)
+                    measure(settings, out, bundle)
                 } catch (error: MobileMMError) {
                     Log.e(TAG, "failed: ${error.message}")
                     error.message ?: ""
-                } catch (error: IOException) {
-                    Log.e(TAG, "failed: ${error.message}")
-                    "$out: cannot be written"
                 }
             main.post {
                 isRunning = false
@@ -73,26 +80,33 @@ class Benchmarks(private val context: Context, private val models: Models, priva
     private fun measure(
         settings: BenchmarkSettings,
         out: String,
+        name: String?,
     ): String {
+        val device = Phone(context)
+        val files = files
+        val text =
+            files.write(out) { report ->
+                val measuring = Benchmark(if (name == null) inUse() else files.bundle(name), settings, device).also { benchmark = it }
+                val result =
+                    measuring.run { step ->
+                        Log.i(TAG, "step: $step")
+                        report(step)
+                        main.post { tell(step) }
+                    }
+                val found = measuring.found
+                main.post { figures = found }
+                result
+            }
+        main.post { json = text }
+        val path = File(files.folder, out).path
+        Log.i(TAG, "done: $path")
+        return context.getString(R.string.benchmark_done, device.name, path)
+    }
+
+    private fun inUse(): Bundle {
         if (models.hasPacked()) models.unpack()
         val name = models.chosen ?: throw MobileMMError(context.getString(R.string.no_model))
-        val bundle = Bundle.open(models.library.folder(name))
-        val device = Phone(context)
-        val measuring = Benchmark(bundle, settings, device).also { benchmark = it }
-        val result = measuring.run { step -> main.post { tell(step) } }
-        val text = Json.write(listOf(result), indent = 1) + "\n"
-        val folder = context.getExternalFilesDir(null) ?: context.filesDir
-        val draft = File(folder, ".$out.part")
-        draft.writeText(text)
-        val file = File(folder, out)
-        if (!draft.renameTo(file)) throw IOException("rename")
-        val found = measuring.found
-        main.post {
-            figures = found
-            json = text
-        }
-        Log.i(TAG, "done ${file.path} " + found.filter { it.unit == "tok/s" }.joinToString(" ") { "%s=%.2f".format(java.util.Locale.ROOT, it.name, it.median) })
-        return context.getString(R.string.benchmark_done, device.name, file.path)
+        return Bundle.open(models.library.folder(name))
     }
 
     private fun tell(text: String) {
@@ -101,10 +115,11 @@ class Benchmarks(private val context: Context, private val models: Models, priva
     }
 
     /** This device, for the benchmark. */
-    private class Phone(context: Context) : Device {
+    private class Phone(private val context: Context) : Device {
+        private val battery = context.getSystemService(Context.BATTERY_SERVICE) as BatteryManager
         override val name = "${Build.MANUFACTURER} ${Build.MODEL}"
         override val system = "Android ${Build.VERSION.RELEASE} (API ${Build.VERSION.SDK_INT}) ${Build.SUPPORTED_ABIS.firstOrNull() ?: ""}"
-        override val processor = "${Build.HARDWARE} ${Build.BOARD}"
+        override val processor = "$name, ${Build.HARDWARE} ${Build.BOARD}"
         override val memory =
             ActivityManager.MemoryInfo().also {
                 (context.getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(it)
@@ -123,9 +138,29 @@ class Benchmarks(private val context: Context, private val models: Models, priva
             return ByteArrayOutputStream().also { bitmap.compress(Bitmap.CompressFormat.JPEG, 90, it) }.toByteArray()
         }
 
+        override fun power(): Double? {
+            val state = batteryState() ?: return null
+            if (state.getIntExtra(BatteryManager.EXTRA_PLUGGED, 0) != 0) return null
+            val volts = state.getIntExtra(BatteryManager.EXTRA_VOLTAGE, 0) / 1000.0
+            // Its sign is not the same on all phones; where it cannot be read it is 0 or the least of all numbers.
+            val current = abs(battery.getIntProperty(BatteryManager.BATTERY_PROPERTY_CURRENT_NOW).toDouble())
+            if (volts !in VOLTS || current == 0.0 || current > MOST_MICROAMPERES) return null
+            // Some phones tell mA instead of µA; none computes on less than 10 mA.
+            return volts * if (current < 10_000) current / 1e3 else current / 1e6
+        }
+
+        override fun celsius(): Map<String, Double> {
+            val tenths = batteryState()?.getIntExtra(BatteryManager.EXTRA_TEMPERATURE, 0) ?: 0
+            return if (tenths == 0) emptyMap() else mapOf("battery" to tenths / 10.0)
+        }
+
+        private fun batteryState() = context.registerReceiver(null, IntentFilter(Intent.ACTION_BATTERY_CHANGED))
+
         private companion object {
             const val WIDTH = 1280
             const val HEIGHT = 960
+            val VOLTS = 2.5..15.0
+            const val MOST_MICROAMPERES = 2e7
         }
     }
 

@@ -3,11 +3,13 @@ package org.mobilemm.demo
 import android.app.Activity
 import android.app.AlertDialog
 import android.content.ComponentCallbacks2
+import android.content.Context
 import android.content.Intent
 import android.content.res.Configuration
 import android.graphics.Bitmap
 import android.graphics.Canvas
 import android.net.Uri
+import android.os.BatteryManager
 import android.os.Looper
 import android.view.View
 import android.view.ViewGroup
@@ -289,6 +291,53 @@ class ScreensTest {
         assertTrue(activity.findViewById<View>(R.id.share).isEnabled)
         assertTrue("ms" in activity.findViewById<View>(R.id.chart).contentDescription)
         capture(activity, "benchmark")
+    }
+
+    private fun measured(
+        bundle: String,
+        out: String,
+    ): Map<*, *>? {
+        val intent =
+            Intent(app, BenchmarkActivity::class.java)
+                .putExtra("run", true)
+                .putExtra("bundle", bundle)
+                .putExtra("prompt_tokens", 8)
+                .putExtra("new_tokens", 4)
+                .putExtra("runs", 2)
+                .putExtra("out", out)
+        Robolectric.buildActivity(BenchmarkActivity::class.java, intent).setup()
+        until("the end") { !app.benchmarks.isRunning }
+        val file = File(app.getExternalFilesDir(null), out)
+        return if (file.exists()) (Json.parse(file.readBytes()) as List<*>)[0] as Map<*, *> else null
+    }
+
+    @Suppress("DEPRECATION")
+    @Test fun `a bundle that a computer has put there is measured by its name, its energy by the battery`() {
+        app.sendStickyBroadcast(
+            Intent(Intent.ACTION_BATTERY_CHANGED)
+                .putExtra(BatteryManager.EXTRA_PLUGGED, 0)
+                .putExtra(BatteryManager.EXTRA_VOLTAGE, 4000)
+                .putExtra(BatteryManager.EXTRA_TEMPERATURE, 315),
+        )
+        val battery = app.getSystemService(Context.BATTERY_SERVICE) as BatteryManager
+        shadowOf(battery).setIntProperty(BatteryManager.BATTERY_PROPERTY_CURRENT_NOW, -1_500_000)
+        app.benchmarks.files.create()
+        val files = app.getExternalFilesDir(null)!!
+        val copy = File(files, "bench/tiny")
+        File(vectors, "tiny-onnx").copyRecursively(copy)
+        val result = measured("tiny", "adb.json")!!
+        assertEquals(Bundle.sha256(copy, Bundle.MANIFEST), (result["bundle"] as Map<*, *>)["digest"])
+        assertFalse(File(files, "adb.json.state").exists())
+        val runs = (result["figures"] as List<*>).map { it as Map<*, *> }.associate { it["name"] to it["runs"] as List<*> }
+        runs.getValue("energy").zip(runs.getValue("tg4")) { joules, rate -> assertEquals(6 / (rate as Double), joules as Double, 0.5 * joules) }
+        val before = (result["machine"] as Map<*, *>)["before"] as Map<*, *>
+        assertEquals(31.5, (before["celsius"] as Map<*, *>)["battery"])
+        // What was measured before does not stand for what could not be.
+        assertEquals(null, measured("../bench/tiny", "adb.json"))
+        assertEquals("failed: '../bench/tiny': is no name for a bundle\n", File(files, "adb.json.state").readText())
+        File(copy, "tokenizer.json").appendText(" ")
+        assertEquals(null, measured("tiny", "adb.json"))
+        assertTrue("tokenizer.json" in File(files, "adb.json.state").readText())
     }
 
     @Test fun `the camera writes into the file that it was granted`() {
