@@ -1,4 +1,4 @@
-"""The whole race by its command, over a tiny random model: it takes part in every commit's proof."""
+"""The whole race by its command, over a tiny random model; its ratios by hand."""
 
 from __future__ import annotations
 
