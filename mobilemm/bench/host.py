@@ -169,6 +169,23 @@ def runner_lines(command: list[str], request: dict[str, Any]) -> Iterator[dict[s
         raise MobileMMError(f"the measuring process ended early: {one_line(last[0])}")
 
 
+def main() -> None:
+    """Serves a request on standard input, as JSON: folder, settings, device. For `mobilemm.bench.ssh`."""
+    request = json.loads(sys.stdin.read())
+    settings = Settings.model_validate(request["settings"])
+
+    def say(**line: Any) -> None:
+        print(json.dumps(line), flush=True)
+
+    try:
+        found = bench_here(
+            Path(request["folder"]), settings, lambda text: say(report=text), request["device"]
+        )
+        say(result=found.model_dump())
+    except MobileMMError as error:
+        say(error=str(error))
+
+
 def _result(settings: Settings, rates: Rates, before: Condition, found: Found, device: str) -> Result:
     bundle, decoding = found.bundle, found.decoding
     assert bundle is not None
@@ -238,3 +255,7 @@ def _result(settings: Settings, rates: Rates, before: Condition, found: Found, d
         memory=MemoryTrace(**found.trace, phases=found.phases) if found.trace.get("bytes") else None,
         absent=absent,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@
 
 The request is `Request` as JSON; what comes out is one JSON object a line: `{"figure": …, "unit": …, "runs":
 […]}`, `{"phase": …, "begins": seconds}`, `{"peak": phase, "bytes": …}`, `{"bundle": …, "decoding": …}`,
-`{"absent": …}`, `{"trace": …}`, at last `{"done": …}`. For a bundle it needs what `mobilemm run` needs, no more:
-it can be sent to a board.
+`{"absent": …}`, `{"trace": …}`, at last `{"done": …}`. For a bundle it needs what `mobilemm run` needs, no
+more: it can be sent to a board.
 """
 
 from __future__ import annotations

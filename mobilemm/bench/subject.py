@@ -12,7 +12,7 @@ import numpy as np
 from mobilemm.bench.limits import Decoding
 from mobilemm.bench.result import BundleFacts
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.backends import Backend, Decoder, open_backend
+from mobilemm.runtime.backends import Array, Backend, Decoder, open_backend
 from mobilemm.runtime.bundle import MANIFEST, Bundle, open_bundle
 from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.manifest import Manifest
@@ -34,7 +34,7 @@ class Subject(Protocol):
     """
 
     context_length: int
-    words: Sequence[int]
+    words: list[int]
     takes_pictures: bool
     draws: int
     absent: dict[str, str]
@@ -140,7 +140,7 @@ class BundleSubject:
 
     def embed(self, ids: list[int]) -> Any:
         empty = np.zeros((0, self.manifest.model.hidden_size), np.float32)
-        inputs = {"input_ids": np.array([ids], np.int64), "image_features": empty}
+        inputs: dict[str, Array] = {"input_ids": np.array([ids], np.int64), "image_features": empty}
         return self.backend.run("embed", inputs)["inputs_embeds"]
 
     def decode(self, embeds: Any) -> int:
@@ -153,7 +153,7 @@ class BundleSubject:
 
     def draw(self, seed: int) -> list[float]:
         assert self.manifest.generation is not None
-        shape = self.manifest.parts["output_projector"].inputs[0].shape
+        shape = [int(size) for size in self.manifest.parts["output_projector"].inputs[0].shape]
         logits = np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
         inputs = self.backend.run("output_projector", {"signal_logits": logits})
         inputs["noise"] = normal(seed, self.manifest.generation.noise.shape)

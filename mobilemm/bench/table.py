@@ -13,7 +13,7 @@ from mobilemm.bench.result import Figure, Result, Unit
 
 
 def result_table(result: Result) -> Table:
-    """One subject's figures, 80 columns wide: median, spread, and the fraction of what the machine could do."""
+    """Median, spread, and the fraction of what the machine could do; 80 columns wide."""
     title = (
         f"{result.bundle.name} for {result.bundle.target} on {result.machine.processor} ({result.runtime})"
     )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from mobilemm.errors import MobileMMError
+
+if TYPE_CHECKING:
+    from mobilemm.bench.result import Result, Settings
+
+    Measure: TypeAlias = Callable[[str, Settings, Callable[[str], None]], Result]
 
 
 def bench(
     bundles: Annotated[
         list[str],
         typer.Argument(
-            help="Folders of bundles. A model's folder, a hub id or `mobilemm-default` is measured on PyTorch."
+            help="Folders of bundles; of models, which run on PyTorch, or hub ids, or `mobilemm-default`."
         ),
     ],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read.")] = 144,
@@ -27,6 +33,17 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads; left out, as many as there are cores.")
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="host: this computer. ssh:[USER@]HOST[:PORT]: a Linux board with Python. adb:[SERIAL]: an"
+            " Android phone with the demo app."
+        ),
+    ] = "host",
+    device_folder: Annotated[
+        str | None, typer.Option(help="With ssh: where to keep there what is sent.")
+    ] = None,
+    device_python: Annotated[str | None, typer.Option(help="With ssh: the Python there.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the results, all runs, to this file.")] = None,
 ) -> None:
     """Measure load, photo, first token, reading, writing, memory and energy, each beside its physical limit.
@@ -36,7 +53,6 @@ def bench(
     """
     from rich.console import Console
 
-    from mobilemm.bench.host import bench_here
     from mobilemm.bench.result import Settings, write_results
     from mobilemm.bench.table import notes, result_table
 
@@ -50,17 +66,43 @@ def bench(
         runs=runs,
         threads=threads,
     )
+    measure = _measure_on(device, device_folder, device_python)
     console, errors = Console(), Console(stderr=True)
     results = []
     for name in bundles:
         with errors.status(name) as status:
-            result = bench_here(_folder(name), settings, status.update)
+            result = measure(name, settings, status.update)
         results.append(result)
         console.print(result_table(result))
         for line in notes(result):
             console.print(line, highlight=False)
-    if json is not None:
-        write_results(results, json)
+        if json is not None:  # what comes next may fail
+            write_results(results, json)
+
+
+def _measure_on(device: str, folder: str | None, python: str | None) -> Measure:
+    """What measures on a device."""
+    kind, _, address = device.partition(":")
+    if kind == "ssh" and address:
+        from mobilemm.bench.ssh import FOLDER, bench_over_ssh
+
+        def over_ssh(name: str, settings: Settings, report: Callable[[str], None]) -> Result:
+            return bench_over_ssh(
+                Path(name), settings, address, report, folder or FOLDER, python or "python3"
+            )
+
+        return over_ssh
+    if folder is not None or python is not None:
+        raise MobileMMError("--device-folder and --device-python go with --device ssh:…")
+    if kind == "adb":
+        from mobilemm.bench.adb import bench_adb
+
+        return lambda name, settings, report: bench_adb(Path(name), settings, address, report)
+    if device != "host":
+        raise MobileMMError(f"--device {device}: it is host, ssh:[USER@]HOST[:PORT] or adb:[SERIAL]")
+    from mobilemm.bench.host import bench_here
+
+    return lambda name, settings, report: bench_here(_folder(name), settings, report)
 
 
 def _folder(name: str) -> Path:

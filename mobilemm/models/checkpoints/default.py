@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 from importlib import metadata, resources
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
+from mobilemm.cache import cache_folder
 from mobilemm.errors import MobileMMError
 from mobilemm.models.configuration import MobileMMConfig
 
@@ -46,15 +46,12 @@ def shipped_files() -> Path:
 def default_model_folder() -> Path:
     """The default model as an ordinary folder, put together at the first call (about a minute).
 
-    It lies in `$MOBILEMM_CACHE`, else `$XDG_CACHE_HOME/mobilemm`, else `~/.cache/mobilemm`.
+    It lies in `cache_folder()`.
     Raises MobileMMError when the packages are missing and the hub is not reachable.
     """
     from mobilemm.models.checkpoints.writing import save
 
-    cache = os.environ.get("MOBILEMM_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mobilemm"
-    )
-    folder = Path(cache) / f"default-{_identity()}"
+    folder = cache_folder() / f"default-{_identity()}"
     if not folder.is_dir():
         projector = load_file(shipped_files() / "projector.safetensors")
         model, processor = build_default(projector)
