@@ -1,4 +1,4 @@
-"""A bundle whose decoder takes some milliseconds a token, so that a loop's own cost is small beside it."""
+"""Bundles, one of them with a decoder of some milliseconds a token: a loop's own cost is small beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ from tests.runtime.conftest import llama_tokenizer
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLIP → LDPv2 (4 image tokens) → LLaMA of 25 M parameters, random, as ONNX in float32."""
+    return random_bundle(tmp_path_factory.mktemp("bench") / "a bundle", 512, 8)
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of 0.4 M parameters, in a folder that shells stumble over."""
+    return random_bundle(tmp_path_factory.mktemp("bench") / 'it\'s a "small" $bundle', 128, 2)
+
+
+def random_bundle(folder: Path, hidden_size: int, layers: int) -> Path:
+    """Of a language model of that size."""
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     tokenizer = llama_tokenizer("▁What", "▁is", "▁this", "▁a", "▁line")
@@ -30,9 +41,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch_size=8,
         ),
         text_config=LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
             num_attention_heads=8,
             num_key_value_heads=2,
             vocab_size=len(tokenizer),
@@ -46,4 +57,4 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = MobileMMForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = 2
     processor = make_processor(model, tokenizer, [0.5] * 3, [0.5] * 3)
-    return write_bundle(model, processor, tmp_path_factory.mktemp("bench") / "a bundle")
+    return write_bundle(model, processor, folder)
