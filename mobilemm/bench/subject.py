@@ -88,9 +88,11 @@ def open_subject(folder: Path, threads: int | None, steps: int | None) -> Subjec
 class BundleSubject:
     """A bundle on the runtime that `mobilemm run` has."""
 
-    def __init__(self, bundle: Bundle, threads: int | None, steps: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None, steps: int | None, backend: Backend | None = None
+    ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.backend: Backend = open_backend(bundle, threads)
+        self.backend: Backend = open_backend(bundle, threads) if backend is None else backend
         self.decoder: Decoder | None = None
         self.session = Session(bundle, self.backend, Sampling(max_new_tokens=1))
         model, generation = self.manifest.model, self.manifest.generation

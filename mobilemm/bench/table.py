@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mobilemm.bench.compare import Change
+from mobilemm.bench.profiling import Operator
 from mobilemm.bench.result import Figure, Result, Unit
 
 
@@ -38,6 +39,22 @@ def _span(figure: Figure) -> str:
     low, high = shown(figure.p10, figure.unit), shown(figure.p90, figure.unit)
     number, unit = low.rsplit(" ", 1)
     return f"{number}–{high}" if high.endswith(f" {unit}") else f"{low}–{high}"
+
+
+def operator_table(operators: Sequence[Operator], most: int = 15) -> Table:
+    """The most expensive operators of all phases; shares are of a phase."""
+    table = Table(title="operators", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("phase", no_wrap=True)
+    table.add_column("operator", no_wrap=True, max_width=46)
+    for heading in ("calls", "time", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    totals: dict[str, float] = {}
+    for one in operators:
+        totals[one.phase] = totals.get(one.phase, 0.0) + one.seconds
+    for one in operators[:most]:
+        share = one.seconds / totals[one.phase] if totals[one.phase] else 0.0
+        table.add_row(one.phase, escape(one.name), f"{one.calls:,}", shown(one.seconds, "s"), f"{share:.0%}")
+    return table
 
 
 def notes(result: Result) -> list[str]:

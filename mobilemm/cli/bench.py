@@ -44,6 +44,13 @@ def bench(
         str | None, typer.Option(help="With ssh: where to keep there what is sent.")
     ] = None,
     device_python: Annotated[str | None, typer.Option(help="With ssh: the Python there.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also tell what each operator takes, and write a trace for Perfetto or chrome://tracing into"
+            " this folder."
+        ),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the results, all runs, to this file.")] = None,
 ) -> None:
     """Measure load, photo, first token, reading, writing, memory and energy, each beside its physical limit.
@@ -53,8 +60,9 @@ def bench(
     """
     from rich.console import Console
 
+    from mobilemm.bench.profiling import profile as run_profile
     from mobilemm.bench.result import Settings, write_results
-    from mobilemm.bench.table import notes, result_table
+    from mobilemm.bench.table import notes, operator_table, result_table
 
     if json is not None and not json.absolute().parent.is_dir():
         raise MobileMMError(f"--json {json}: there is no folder {json.absolute().parent}")
@@ -66,6 +74,10 @@ def bench(
         runs=runs,
         threads=threads,
     )
+    if profile is not None:
+        if device != "host":
+            raise MobileMMError("--profile is of this computer; on a board, run it there")
+        profile.mkdir(parents=True, exist_ok=True)
     measure = _measure_on(device, device_folder, device_python)
     console, errors = Console(), Console(stderr=True)
     results = []
@@ -76,6 +88,10 @@ def bench(
         console.print(result_table(result))
         for line in notes(result):
             console.print(line, highlight=False)
+        if profile is not None:
+            trace = profile / f"{result.bundle.name}-{result.bundle.target}.json"
+            console.print(operator_table(run_profile(_folder(name), settings, trace)))
+            console.print(f"trace: {trace}", soft_wrap=True)
         if json is not None:  # what comes next may fail
             write_results(results, json)
 

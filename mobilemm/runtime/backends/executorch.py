@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 class ExecutorchBackend:
     """A `Backend` on ExecuTorch's Python runtime, whose kernels are those of the phones'.
 
+    With `profiled`, programs record what operators take.
     Raises MobileMMError when executorch is missing, or older than the bundle asks for.
     """
 
     prefills_in_pieces = True
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, profiled: bool = False) -> None:
         _check_version(bundle)
-        self.bundle, self.threads = bundle, threads
+        self.bundle, self.threads, self.profiled = bundle, threads, profiled
         self._programs: dict[str, ExecutorchProgram] = {}
 
     @property
@@ -69,7 +70,7 @@ class ExecutorchBackend:
     def decoder(self) -> ExecutorchDecoder:
         """Each has a program of its own: keys and values are part of it."""
         model, part = self.bundle.manifest.model, self.bundle.manifest.parts["decoder"]
-        program = ExecutorchProgram(self.bundle.part_path("decoder"), self.threads)
+        program = ExecutorchProgram(self.bundle.part_path("decoder"), self.threads, self.profiled)
         takes_positions = any(tensor.name == "position_ids" for tensor in part.inputs)
         decoder = ExecutorchDecoder(program, model.context_length, takes_positions)
         decoder.decode(np.zeros((1, 1, model.hidden_size), np.float32))  # loads it
@@ -79,7 +80,7 @@ class ExecutorchBackend:
     def _program(self, part: str) -> ExecutorchProgram:
         # One for each part, so that each can be given back; the file is mapped, not read, each time.
         if part not in self._programs:
-            self._programs[part] = ExecutorchProgram(self.bundle.part_path(part), self.threads)
+            self._programs[part] = ExecutorchProgram(self.bundle.part_path(part), self.threads, self.profiled)
         return self._programs[part]
 
 
@@ -89,7 +90,7 @@ class ExecutorchProgram:
     The mutable buffers of its methods, keys and values among them, live as long as it does.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, profiled: bool = False) -> None:
         self.path = path
         self._loaded: set[str] = set()
         with _quiet_stderr():
@@ -98,7 +99,7 @@ class ExecutorchProgram:
             if count and runtime._threadpool_get_thread_count() != count:
                 runtime._unsafe_reset_threadpool(count)  # one pool for the process
             try:
-                self._module = runtime._load_for_executorch(str(path))
+                self._module = runtime._load_for_executorch(str(path), enable_etdump=profiled)
             except Exception as error:
                 raise MobileMMError(f"{path}: cannot be loaded by executorch ({one_line(error)})") from error
 
@@ -115,6 +116,10 @@ class ExecutorchProgram:
             raise MobileMMError(f"{self.path}: method {method!r} failed ({one_line(error)})") from error
         self._loaded.add(method)
         return output.numpy()
+
+    def write_profile(self, path: Path) -> None:
+        """What operators took since it was loaded, as ETDump."""
+        self._module.write_etdump_result_to_file(str(path), str(path.with_suffix(".debug")))
 
 
 class ExecutorchDecoder:
