@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mobilemm import __version__
-from mobilemm.bench.result import MOST_BYTES, Result, Settings, read_result
+from mobilemm.bench.limits import Rates, decode_limit, load_limit, prefill_limit
+from mobilemm.bench.result import MOST_BYTES, Figure, Result, Settings, read_result
+from mobilemm.bench.subject import decoding_of
 from mobilemm.errors import MobileMMError, one_line
 from mobilemm.runtime.bundle import MANIFEST, MANIFEST_SHA256, Bundle, file_sha256, open_bundle, read_manifest
 
@@ -383,4 +385,27 @@ def _result(phone: Phone, bundle: Bundle, settings: Settings, data: bytes) -> Re
         given = getattr(result.settings, key)
         if given != asked:
             absent[key] = f"the app does not take {asked}" + ("" if given is None else f", but {given}")
-    return result.model_copy(update={"device": f"adb:{phone.serial}", "absent": absent})
+    return result.model_copy(
+        update={"device": f"adb:{phone.serial}", "absent": absent, "figures": _with_limits(result, bundle)}
+    )
+
+
+def _with_limits(result: Result, bundle: Bundle) -> list[Figure]:
+    """Figures beside what the phone's memory allows.
+
+    What the app's compiled loops multiply a second is less than a runtime's kernels could: it limits nothing.
+    """
+    settings, decoding = result.settings, decoding_of(bundle.manifest)
+    if not result.machine.bandwidth or not result.machine.operations:
+        return result.figures
+    rates = Rates(result.machine.bandwidth, result.machine.operations)
+    middle = settings.prompt_tokens + settings.new_tokens / 2
+    limits = {
+        f"pp{settings.prompt_tokens}": prefill_limit(decoding, settings, rates),
+        f"tg{settings.new_tokens}": decode_limit(decoding, middle, rates),
+        "load_warm": load_limit(decoding, rates),
+    }
+    known = {name: limit for name, limit in limits.items() if limit.by == "bandwidth"}
+    return [
+        figure.model_copy(update={"limit": known.get(figure.name, figure.limit)}) for figure in result.figures
+    ]

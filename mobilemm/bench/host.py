@@ -100,12 +100,12 @@ def bench_here(
         if not drop_from_memory(files):
             break
         report(f"loading, cold ({turn + 1}/{LOADS})")
-        _run(folder, "load", settings, found, {"load": "load_cold"})
+        run(folder, "load", settings, found, {"load": "load_cold"})
     for turn in range(LOADS - 1):
         report(f"loading, warm ({turn + 1}/{LOADS})")
-        _run(folder, "load", settings, found, {"load": "load_warm"})
+        run(folder, "load", settings, found, {"load": "load_warm"})
     report("measuring")
-    _run(folder, "all", settings, found, {"load": "load_warm"})
+    run(folder, "all", settings, found, {"load": "load_warm"})
     return _result(settings, rates, before, found, device)
 
 
@@ -132,7 +132,8 @@ def drop_from_memory(files: Iterable[Path]) -> bool:
     return True
 
 
-def _run(folder: Path, what: str, settings: Settings, found: Found, names: dict[str, str]) -> None:
+def run(folder: Path, what: str, settings: Settings, found: Found, names: dict[str, str]) -> None:
+    """One runner's process, whose figures `found` takes, some by other names."""
     request = {"folder": str(folder.resolve()), "what": what, "settings": settings.model_dump()}
     command = [sys.executable, "-m", "mobilemm.bench.runner"]
     for line in runner_lines(command, request):

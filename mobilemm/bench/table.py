@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mobilemm.bench.compare import Change
+from mobilemm.bench.difference import Difference
 from mobilemm.bench.profiling import Operator
 from mobilemm.bench.result import Figure, Result, Unit
 
@@ -18,9 +19,7 @@ def result_table(result: Result) -> Table:
     title = (
         f"{result.bundle.name} for {result.bundle.target} on {result.machine.processor} ({result.runtime})"
     )
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("test", no_wrap=True)
-    table.add_column("what", no_wrap=True)
+    table = _table(title, "test", "what")
     for heading in ("median", "p10–p90", "of the limit"):
         table.add_column(heading, justify="right", no_wrap=True)
     for figure in result.figures:
@@ -43,8 +42,7 @@ def _span(figure: Figure) -> str:
 
 def operator_table(operators: Sequence[Operator], most: int = 15) -> Table:
     """The most expensive operators of all phases; shares are of a phase."""
-    table = Table(title="operators", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("phase", no_wrap=True)
+    table = _table("operators", "phase")
     table.add_column("operator", no_wrap=True, max_width=46)
     for heading in ("calls", "time", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -88,27 +86,40 @@ def notes(result: Result) -> list[str]:
     return lines + [f"not measured: {name}: {why}" for name, why in result.absent.items()]
 
 
-def change_table(changes: Sequence[Change], units: dict[str, Unit], before: str, after: str) -> Table:
+def change_table(changes: Sequence[Change], before: str, after: str) -> Table:
     """What changed from one result to another."""
-    table = Table(title=escape(f"{before} → {after}"), title_justify="left")
-    table.add_column("test")
-    table.add_column("what")
+    table = _table(f"{before} → {after}", "test")
     for heading in ("before", "after", "ratio", "95 %", "p"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     colors = {"better": "green", "worse": "red"}
     for one in changes:
-        unit = units[one.name]
         table.add_row(
             one.name,
-            one.what,
-            shown(one.before, unit),
-            shown(one.after, unit),
+            shown(one.before, one.unit),
+            shown(one.after, one.unit),
             f"{one.ratio:.3f}",
             f"{one.low:.3f}–{one.high:.3f}",
             "" if one.p is None else f"{one.p:.3f}",
             f"[{colors[one.verdict]}]{one.verdict}[/]" if one.verdict in colors else one.verdict,
         )
+    return table
+
+
+def difference_table(found: Sequence[Difference], before: str, after: str) -> Table:
+    """What two bundles' manifests say otherwise."""
+    table = _table(f"{before} → {after}", "what")
+    table.add_column("before", overflow="fold")
+    table.add_column("after", overflow="fold")
+    for row in found:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, no_wrap=True)
     return table
 
 
@@ -121,8 +132,3 @@ def shown(value: float, unit: Unit) -> str:
     if unit == "J":
         return f"{value:.3f} J"
     return f"{value:,.1f} t/s"
-
-
-def units_of(figures: Sequence[Figure]) -> dict[str, Unit]:
-    """Figure's name → unit."""
-    return {figure.name: figure.unit for figure in figures}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mobilemm.bench.compare import change, compare, rank_test
+from mobilemm.bench.compare import change, compare, rank_test, signed_rank_test
 from mobilemm.bench.result import Figure
 from mobilemm.errors import MobileMMError
 from tests.bench.test_result import some_result
@@ -53,6 +53,27 @@ def test_too_few_runs_say_nothing(runs: int, known: bool) -> None:
     """With 3 runs each, even complete separation happens by chance once in 10."""
     first, second = list(range(runs)), list(range(100, 100 + runs))
     assert (rank_test(first, second) is not None) == known
+
+
+@pytest.mark.parametrize(("rounds", "known"), [(1, False), (5, False), (6, True)])
+def test_too_few_rounds_say_nothing(rounds: int, known: bool) -> None:
+    """With 5 pairs, even all of them in one direction happen by chance once in 16."""
+    first = list(range(rounds))
+    assert (signed_rank_test(first, [value + 1 + value / 100 for value in first]) is not None) == known
+    assert signed_rank_test([1.0] * 8, [1.0] * 8) == 1.0
+
+
+def test_pairs_show_what_a_restless_machine_hides() -> None:
+    """Rounds that differ by half, and a change of 3 % in each of them."""
+    generator = np.random.default_rng(0)
+    rounds = generator.uniform(80, 120, 10)
+    runs = [(rounds * factor + generator.normal(0, 0.3, 10)).tolist() for factor in (1, 1.03)]
+    figures = [Figure(name="x", what="", unit="tok/s", runs=one) for one in runs]
+    assert change(*figures).verdict == "noise"
+    found = change(*figures, paired=True)
+    assert found.verdict == "better"
+    assert found.ratio == pytest.approx(1.03, abs=0.005)
+    assert 1.02 < found.low < found.ratio < found.high < 1.04
 
 
 def test_figures_that_only_one_has_are_left_out() -> None:

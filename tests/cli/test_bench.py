@@ -35,7 +35,7 @@ def test_a_table_and_a_file(run: Run, bundle: Path, tmp_path: Path) -> None:
 
     compared = run("compare", path, path)
     assert compared.code == 0
-    rows = [line for line in compared.stdout.splitlines() if "│ tg4 " in line]
+    rows = [line for line in compared.stdout.splitlines() if line.strip().startswith("tg4 ")]
     assert len(rows) == 1
     assert "1.000" in rows[0]
     assert "noise" in rows[0]
@@ -46,3 +46,23 @@ def test_wrong_places_are_one_line(run: Run, bundle: Path, tmp_path: Path) -> No
     assert "manifest.json" in run("bench", tmp_path).error
     (tmp_path / "r.json").write_text("[]")
     assert "are a list" in run("compare", tmp_path / "r.json", tmp_path / "r.json").error
+
+
+def test_two_bundles_are_compared(run: Run, bundle: Path, tmp_path: Path) -> None:
+    ended = run("compare", bundle, bundle)
+    assert ended.code == 0
+    assert "tell no difference" in ended.stdout
+    assert "0 of" in ended.stdout
+    (tmp_path / "r.json").write_text("[]")
+    assert "two bundles, or two files" in run("compare", bundle, tmp_path / "r.json").error
+    assert (
+        "--rounds measures bundles"
+        in run("compare", tmp_path / "r.json", tmp_path / "r.json", "--rounds", 2).error
+    )
+
+
+def test_wrong_devices_are_one_line(run: Run, bundle: Path, tmp_path: Path) -> None:
+    assert "host, ssh:[USER@]HOST[:PORT] or adb:[SERIAL]" in run("bench", bundle, "--device", "phone").error
+    assert "go with --device ssh" in run("bench", bundle, "--device-python", "python3").error
+    assert "of this computer" in run("bench", bundle, "--device", "adb:", "--profile", tmp_path).error
+    assert "there is no such folder" in run("bench", tmp_path / "none").error
