@@ -53,6 +53,10 @@ def test_the_app_measures_what_was_sent(phones: Phones) -> None:
     assert len(result.figure("tg6").runs) == SETTINGS.runs
     assert len(result.figure("token").runs) == SETTINGS.runs * SETTINGS.new_tokens
     assert result.settings.model_dump() == SETTINGS.model_dump()
+    limit = result.figure("load_warm").limit
+    assert limit is not None
+    weights = sum(path.stat().st_size for path in (BUNDLE / "parts").iterdir())
+    assert limit.best == pytest.approx(weights / result.machine.bandwidth)
     assert any(line.startswith("measuring the device") for line in told)
     assert phones.left() == []
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 
 from mobilemm.bench import adb
 from mobilemm.bench.adb import bench_adb
-from mobilemm.bench.result import Settings
+from mobilemm.bench.result import Settings, read_results
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.bundle import open_bundle
 from tests.bench import scripted_adb
@@ -52,6 +55,19 @@ def test_a_bundle_is_sent_and_measured(phones: Phones, small_bundle: Path) -> No
     assert open_bundle(there).manifest == open_bundle(small_bundle).manifest
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in there.rglob("*"))
     assert phones.left() == []
+
+
+def test_the_command(phones: Phones, small_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "phone.json"
+    command = [sys.executable, "-m", "mobilemm", "bench", str(small_bundle), "--json", str(out), "--device"]
+    ended = subprocess.run([*command, "adb:"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "tg64" in ended.stdout
+    assert [result.device for result in read_results(out)] == ["adb:8A1X0B7C"]
+    phones.set(devices={})
+    ended = subprocess.run([*command, "adb:8A1X0B7C"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: adb:8A1X0B7C is not connected; connected are: no phones at all\n"
 
 
 def test_only_what_has_changed_is_sent(phones: Phones, small_bundle: Path, tmp_path: Path) -> None:
@@ -332,7 +348,12 @@ def test_an_interrupt_stops_the_app(phones: Phones, small_bundle: Path) -> None:
     bench_adb(small_bundle, SETTINGS, "")
     phones.set(app="hangs")
     phones.fault("pidof", "", interrupt=True)
-    with pytest.raises(KeyboardInterrupt):
-        bench_adb(small_bundle, SETTINGS, "")
+    # Where tests run in a shell's background, it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bench_adb(small_bundle, SETTINGS, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not phones.running()
     assert phones.left() == []
