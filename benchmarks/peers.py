@@ -89,6 +89,12 @@ def make_optimum(llm: Path, work: Path, python: str) -> Path:
     return path
 
 
+def optimum_version(python: str) -> str:
+    """Of optimum-executorch, where a Python has it."""
+    code = "from importlib.metadata import version; print(version('optimum-executorch'))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:

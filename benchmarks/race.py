@@ -53,8 +53,9 @@ from benchmarks.systems import (
 from mobilemm.bench import machine
 
 SLOW_STEP, SLOW_DECODE, WARM_UP = 0.1, 16, 4
-# Thread pools spin for a while when their work is over: the next system begins behind that.
+# Thread pools spin when their work is over, none of these for longer: the next system begins behind that.
 PAUSE = 0.2
+# Seconds that a process has to end by itself.
 GRACE = 10.0
 
 # Of scripts/random_checkpoint.py, whose names are those of whole models; None is the default model.
@@ -281,13 +282,16 @@ def divergences(loaded: Sequence[Loaded], llm: Path, text: Path, length: int = 2
 
 def conditions(size: str, options: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions and settings."""
-    text = f" --text {options.text}" if options.text else ""
+    asked = f" --text {options.text}" if options.text else ""
+    asked += " --optimum PYTHON" if options.optimum else ""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    if options.optimum:
+        versions["optimum-executorch"] = peers.optimum_version(options.optimum)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": machine.processor(),
@@ -296,7 +300,7 @@ def conditions(size: str, options: argparse.Namespace) -> dict[str, Any]:
         "versions": versions,
         "rounds": options.rounds,
         "threads": options.threads,
-        "command": f"python -m benchmarks.race --work FOLDER --sizes {size}{text}",
+        "command": f"python -m benchmarks.race --work FOLDER --sizes {size}{asked}",
     }
 
 
