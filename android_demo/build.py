@@ -437,7 +437,7 @@ def test_dex(arguments: argparse.Namespace) -> None:
 
 
 def app_benchmark() -> list[str]:
-    """A command that measures as the app does; it takes a folder of external files and `am start`'s extras."""
+    """What measures as the app does, when a folder of external files and `am start`'s extras are added."""
     main, libraries, tests = core_tests()
     classpath = os.pathsep.join(map(str, [tests, main, *libraries]))
     return ["java", "-Xmx2g", "-cp", classpath, "org.mobilemm.HostBenchmarkKt"]
