@@ -106,7 +106,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 def _legend(axes: Any, count: int) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=min(count, 4), frameon=False, borderaxespad=0.2
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=min(count, 3), frameon=False, borderaxespad=0.2
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from mobilemm import __version__
 from mobilemm.bench.charts import Bars, Lines, by_depth, over_time, question
 from mobilemm.bench.result import Result, write_whole
+from mobilemm.bench.subject import part_sizes
 from mobilemm.bench.table import shown
 from mobilemm.runtime.bundle import Bundle
 from mobilemm.runtime.manifest import Manifest
@@ -79,7 +80,12 @@ def labels(bundles: Sequence[Bundle]) -> list[str]:
 
 
 def _result_labels(results: Sequence[Result]) -> list[str]:
-    short = [f"{one.bundle.target} {one.bundle.bits['decoder']} bits" for one in results]
+    short = [
+        # A checkpoint is measured in float32; Core ML's programs, away from Apple's systems, are interpreted.
+        f"{one.bundle.target} {one.bundle.bits.get('decoder', 32)} bits"
+        + (", interpreted" if "Core ML" in one.absent else "")
+        for one in results
+    ]
     return [
         name if short.count(name) == 1 else f"{name} ({short[: index + 1].count(name)})"
         for index, name in enumerate(short)
@@ -99,26 +105,12 @@ def _described(bundle: Bundle, label: str) -> Described:
 
 
 def _sizes(bundles: Sequence[Described]) -> str:
-    """By part; a program with all parts in it by what each takes in memory."""
+    sizes = [part_sizes(one.manifest) for one in bundles]
+    names = dict.fromkeys(name for parts in sizes for name in parts)
     rows = {}
-    for one in bundles:
-        parts = one.manifest.parts
-        sizes = {file.path: file.bytes for file in one.manifest.files}
-        owners: dict[str, list[str]] = {}
-        for name, part in parts.items():
-            for file in part.files:
-                owners.setdefault(file, []).append(name)
-        pieces: dict[str, float] = {}
-        for file, names in owners.items():
-            if len(names) == len(parts):
-                total = sum(part.peak_memory for part in parts.values()) or 1
-                shares = {name: part.peak_memory / total for name, part in parts.items()}
-            else:
-                shares = {" and ".join(names): 1.0}
-            for name, share in shares.items():
-                pieces[name] = pieces.get(name, 0.0) + sizes[file] * share / 1e6
-        pieces["tokenizer and others"] = one.bytes / 1e6 - sum(pieces.values())
-        rows[one.label] = pieces
+    for one, parts in zip(bundles, sizes, strict=True):
+        rows[one.label] = {name: parts.get(name, 0) / 1e6 for name in names}
+        rows[one.label]["tokenizer and others"] = (one.bytes - sum(parts.values())) / 1e6
     return Bars(rows, "MB").svg()
 
 

@@ -122,7 +122,7 @@ class BundleSubject:
             target=manifest.target,
             digest=hashlib.sha256((self.bundle.folder / MANIFEST).read_bytes()).hexdigest(),
             bytes=sum(file.bytes for file in manifest.files),
-            parts={name: part.bytes for name, part in manifest.parts.items()},
+            parts=part_sizes(manifest),
             bits={name: part.quantization.bits for name, part in manifest.parts.items()},
         )
         return facts, decoding_of(manifest)
@@ -168,12 +168,13 @@ def decoding_of(manifest: Manifest) -> Decoding:
     model, part = manifest.model, manifest.parts["decoder"]
     kinds = {one.dtype for one in part.inputs if one.name.startswith("past_key_values.")}
     default = "float16" if manifest.target == "coreml" else "float32"
+    owned = {one.file for one in manifest.parts.values()}
     # A table that two parts share is one file.
     files = {file for one in manifest.parts.values() for file in one.files}
     return Decoding(
         files=sum(file.bytes for file in manifest.files if file.path in files),
         # Where all parts are one file, by the size that the part had alone.
-        bytes=part.bytes or part.peak_memory // 2,
+        bytes=part.bytes if len(owned) > 1 else part.peak_memory // 2,
         parameters=part.parameters,
         head=model.vocab_size * model.hidden_size,
         layers=model.num_layers,
@@ -182,6 +183,28 @@ def decoding_of(manifest: Manifest) -> Decoding:
         head_dim=model.head_dim,
         cache_bytes=CACHE_BYTES[next(iter(kinds), default)],
     )
+
+
+def part_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the parts' files. Parts that share one are told together, as "decoder and embed".
+
+    In a program with all parts in it, shares are those of the memory that each takes.
+    """
+    parts = manifest.parts
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, part in parts.items():
+        names, files = [name], set(part.files)
+        for group in [group for group in groups if group[1] & files]:
+            groups.remove(group)
+            names, files = group[0] + names, group[1] | files
+        groups.append((names, files))
+    bytes_of = {file.path: file.bytes for file in manifest.files}
+    sizes = {" and ".join(names): sum(bytes_of[file] for file in files) for names, files in groups}
+    if len(sizes) > 1 or len(parts) == 1:
+        return sizes
+    (size,) = sizes.values()
+    memory = sum(part.peak_memory for part in parts.values()) or 1
+    return {name: round(size * part.peak_memory / memory) for name, part in parts.items()}
 
 
 def words(vocab_size: int, special: set[int]) -> list[int]:

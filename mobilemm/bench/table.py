@@ -34,10 +34,11 @@ def result_table(result: Result) -> Table:
 
 
 def _span(figure: Figure) -> str:
-    """From p10 to p90, the unit told once where it is the same."""
-    low, high = shown(figure.p10, figure.unit), shown(figure.p90, figure.unit)
-    number, unit = low.rsplit(" ", 1)
-    return f"{number}–{high}" if high.endswith(f" {unit}") else f"{low}–{high}"
+    """From p10 to p90, without a unit where it is the median's."""
+    unit = " " + shown(figure.median, figure.unit).rsplit(" ", 1)[1]
+    ends = [shown(value, figure.unit) for value in (figure.p10, figure.p90)]
+    same = all(end.endswith(unit) for end in ends)
+    return "–".join(end.removesuffix(unit) if same else end for end in ends)
 
 
 def operator_table(operators: Sequence[Operator], most: int = 15) -> Table:
@@ -62,7 +63,7 @@ def notes(result: Result) -> list[str]:
     phases = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in peaks.items() if name != "memory")
     lines = [f"peak memory: {shown(peaks['memory'], 'B')} ({phases})"] if peaks else []
     sizes = (
-        f"{part} {shown(size, 'B')} ({result.bundle.bits[part]} bits)"
+        f"{part} {shown(size, 'B')} ({result.bundle.bits[part.split(' and ')[0]]} bits)"
         for part, size in result.bundle.parts.items()
     )
     lines += [

@@ -18,10 +18,7 @@ from mobilemm.bench.result import Result, Settings
 from mobilemm.bench.runner import QUESTION, Request, Runner, photograph
 from mobilemm.bench.subject import decoding_of
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import open_bundle
-from mobilemm.runtime.sampling import Sampling
-from mobilemm.runtime.session import Session
 
 pytestmark = pytest.mark.slow
 
@@ -108,24 +105,36 @@ def loop_rate(runner: Runner) -> float:
     return SETTINGS.new_tokens / (time.perf_counter() - begun)
 
 
-def test_the_first_token_comes_when_a_stopwatch_says(result: Result, bundle: Path) -> None:
-    opened = open_bundle(bundle)
-    session = Session(opened, open_backend(opened, 1), Sampling(max_new_tokens=1))
-    session.look_at(photograph(0))
-    session.reply(QUESTION)  # loads the parts
-    for turn in range(TRIES):
-        times = []
-        for run in range(SETTINGS.runs):
-            session.reset()
-            photo = photograph(100 * turn + run + 1)
-            begun = time.perf_counter()
-            session.look_at(photo)
-            next(iter(session.stream(QUESTION)), None)
-            times.append(time.perf_counter() - begun)
-        found = min((result if turn == 0 else bench_here(bundle, SETTINGS)).figure("ttft").runs)
-        if abs(found / min(times) - 1) <= 0.15:
-            return
-    pytest.fail(f"{found:.4f} s, by a stopwatch {min(times):.4f}")
+def test_the_first_token_comes_when_a_stopwatch_says(result: Result, bundle: Path, tmp_path: Path) -> None:
+    """Around the first character that `mobilemm run` prints of an answer about a new photo."""
+    command = [sys.executable, "-m", "mobilemm", "run", bundle, "--threads", "1", "--max-new-tokens", "1"]
+    talking = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )
+    assert talking.stdin
+    assert talking.stdout
+
+    def seconds(seed: int) -> float:
+        photo = tmp_path / f"{seed}.jpg"
+        photo.write_bytes(photograph(seed))
+        begun = time.perf_counter()
+        talking.stdin.write(f"/reset\n/image {photo}\n{QUESTION}\n".encode())
+        talking.stdout.read(1)
+        told = time.perf_counter() - begun
+        if not talking.stdout.readline().endswith(b"\n"):
+            pytest.fail("it ended")
+        return told
+
+    with talking:
+        seconds(0)  # loads the parts
+        for turn in range(TRIES):
+            shown = min(seconds(100 * turn + run + 1) for run in range(SETTINGS.runs))
+            found = min((result if turn == 0 else bench_here(bundle, SETTINGS)).figure("ttft").runs)
+            if abs(found / shown - 1) <= 0.1:
+                break
+        else:
+            pytest.fail(f"{found:.4f} s, by a stopwatch {shown:.4f}")
+        talking.stdin.close()
 
 
 def test_memory_is_what_the_kernel_accounts_for(bundle: Path, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def spoken(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle(folder, manifest.model_copy(update=update))
 
 
+def test_a_checkpoint_and_an_interpreter_are_called_so(spoken: Bundle, result: Result) -> None:
+    facts = result.bundle.model_copy(update={"target": "pytorch", "bits": {"language_model": 32}})
+    checkpoint = result.model_copy(update={"bundle": facts})
+    interpreted = result.model_copy(update={"absent": {"Core ML": "interpreted"}})
+    text = report([spoken], [checkpoint, interpreted])
+    assert "pytorch 32 bits" in text
+    assert "onnx 32 bits, interpreted" in text
+
+
 @pytest.fixture(scope="module")
 def page(spoken: Bundle, result: Result) -> str:
     return report([spoken], [result])
