@@ -321,10 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="for the KL divergence")
     parser.add_argument("--write", type=Path, nargs="?", const=Path(__file__).parent, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    results = {}
     for size in options.sizes:
         work = options.work / size
-        path = work / "race.json"
         llm, entries = prepare(size, work, options)
         if options.rounds:
             with ExitStack() as stack:
@@ -334,9 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if options.text:
                     for name, kl in divergences(loaded, llm, options.text).items():
                         found["systems"][name]["kl"] = kl
-            path.write_text(json.dumps(found, indent=1))
-        if path.exists():
-            results[size] = json.loads(path.read_text())
+            (work / "race.json").write_text(json.dumps(found, indent=1))
+    # Of the other sizes, what their last race has left.
+    files = {
+        size: options.work / size / "race.json" for size in SIZES if size != "tiny" or size in options.sizes
+    }
+    results = {size: json.loads(path.read_text()) for size, path in files.items() if path.exists()}
+    for size in options.sizes:
+        if size in results:
             print(f"{size}\n\n{table(results[size])}\n", flush=True)
     if options.write and results:
         write_results(results, options.write)
