@@ -1,22 +1,12 @@
-"""The whole model: against transformers' LLaVA with the same weights, and batches against rows alone."""
+"""The whole model: against transformers' LLaVA with the same weights, by hand, and with other parts."""
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -26,93 +16,26 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
     OPTConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
-    TextIteratorStreamer,
-    TextStreamer,
-    TimmWrapperConfig,
 )
 
 from mobilemm.errors import MobileMMError
-from mobilemm.models import IMAGE_TOKEN_INDEX, MobileMMConfig, MobileMMForConditionalGeneration
+from mobilemm.models import MobileMMForConditionalGeneration
 from mobilemm.models.modeling import expand_image_slots
-
-VOCABULARY, WIDTH, SIDE = 50, 32, 32
-PLACEHOLDER = VOCABULARY  # the first id behind the vocabulary
-IMAGE = IMAGE_TOKEN_INDEX
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": 8,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-# Unequal prompts: one image, two in a row, none, one at the very end.
-PROMPTS = [[1, 5, IMAGE, 7, 8], [1, IMAGE, IMAGE, 9], [1, 11, 12, 13, 14, 15, 16], [1, 20, IMAGE]]
-IMAGES_PER_PROMPT = [1, 2, 0, 1]
-
-
-def make_model(text: PreTrainedConfig | None = None, **options: Any) -> MobileMMForConditionalGeneration:
-    """A tiny model whose weights are large enough for its answers to hang on every input."""
-    torch.manual_seed(0)
-    config = MobileMMConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=text or LlamaConfig(**TEXT), **options
-    )
-    model = MobileMMForConditionalGeneration(config)
-    randomize(model)
-    return model.eval()
-
-
-def randomize(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Norm scales around one, the rest around zero.
-            parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.2)
-
-
-def pixels(count: int = 4) -> Tensor:
-    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-def pad_left(rows: list[list[int]]) -> dict[str, Tensor]:
-    length = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([[0] * (length - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-    }
-
-
-def one_by_one(model: MobileMMForConditionalGeneration, **options: Any) -> list[list[int]]:
-    """The new tokens of each of `PROMPTS` generated alone."""
-    answers, first = [], 0
-    for row, count in zip(PROMPTS, IMAGES_PER_PROMPT, strict=True):
-        images = pixels()[first : first + count]
-        first += count
-        output = model.generate(
-            torch.tensor([row]), pixel_values=images if count else None, max_new_tokens=6, **options
-        )
-        assert output[0, : len(row)].tolist() == row
-        answers.append(output[0, len(row) :].tolist())
-    return answers
-
-
-@pytest.fixture(scope="module")
-def model() -> MobileMMForConditionalGeneration:
-    return make_model()
+from tests.models.conftest import (
+    IMAGE,
+    PLACEHOLDER,
+    PROMPTS,
+    TEXT,
+    VISION,
+    VOCABULARY,
+    WIDTH,
+    expanded,
+    make_model,
+    pad_left,
+    pixels,
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +68,6 @@ def llava() -> tuple[MobileMMForConditionalGeneration, LlavaForConditionalGenera
     return ours, theirs
 
 
-def expanded(rows: list[list[int]], placeholder: int, count: int) -> list[list[int]]:
-    return [[p for i in row for p in ([placeholder] * count if i == IMAGE else [i])] for row in rows]
-
-
 @torch.no_grad()
 def test_logits_and_loss_are_llavas(
     llava: tuple[MobileMMForConditionalGeneration, LlavaForConditionalGeneration],
@@ -177,31 +96,6 @@ def test_generation_is_llavas(
     assert first.tolist() == second.tolist()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_beams": 2},
-        {"repetition_penalty": 1.5},
-        {"no_repeat_ngram_size": 1},
-        {"use_cache": False},
-        {"use_cache": False, "num_beams": 2},
-        {"cache_implementation": "static"},
-    ],
-    ids=str,
-)
-def test_a_batch_generates_what_its_rows_do_alone(
-    model: MobileMMForConditionalGeneration, options: dict[str, Any]
-) -> None:
-    batch = pad_left(PROMPTS)
-    output = model.generate(**batch, pixel_values=pixels(), max_new_tokens=6, do_sample=False, **options)
-    length = batch["input_ids"].shape[1]
-    assert torch.equal(output[:, :length], batch["input_ids"])
-    alone = one_by_one(model, do_sample=False, **options)
-    assert output[:, length:].tolist() == alone
-    assert len({tuple(answer) for answer in alone}) == len(PROMPTS)  # the prompts do make a difference
-
-
 def test_images_make_a_difference_and_are_taken_in_reading_order(
     model: MobileMMForConditionalGeneration,
 ) -> None:
@@ -214,107 +108,6 @@ def test_images_make_a_difference_and_are_taken_in_reading_order(
         torch.testing.assert_close(model.language_model(inputs_embeds=by_hand).logits, logits)
         swapped = model(ids, pixel_values=pixels(2).flip(0)).logits
     assert not torch.allclose(swapped, logits, atol=1e-2)
-
-
-def test_generation_without_a_cache_still_sees_the_image(model: MobileMMForConditionalGeneration) -> None:
-    ids = torch.tensor([[1, 5, IMAGE, 7]])
-    answers = {
-        tuple(model.generate(ids, pixel_values=pixels(4)[[i]], max_new_tokens=6, use_cache=False)[0].tolist())
-        for i in range(4)
-    }
-    assert len(answers) > 1
-
-
-@torch.no_grad()
-def test_generation_step_by_step_without_generate(model: MobileMMForConditionalGeneration) -> None:
-    """Greedy decoding by whole forward passes, each over the prompt with its image and all tokens so far."""
-    ids = torch.tensor([[1, 5, IMAGE, 7]])
-    for _ in range(6):
-        best = model(ids, pixel_values=pixels(1)).logits[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, best], 1)
-    for use_cache in (True, False):
-        output = model.generate(
-            ids[:, :4], pixel_values=pixels(1), max_new_tokens=6, do_sample=False, use_cache=use_cache
-        )
-        assert output.tolist() == ids.tolist()
-
-
-def test_sampling_gives_as_many_sequences_as_asked_for(model: MobileMMForConditionalGeneration) -> None:
-    batch = pad_left(PROMPTS)
-    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 5}
-    torch.manual_seed(3)
-    output = model.generate(**batch, pixel_values=pixels(), **options)
-    torch.manual_seed(3)
-    again = model.generate(**batch, pixel_values=pixels(), **options)
-    assert output.shape == (4 * 3, 7 + 5)
-    assert torch.equal(output, again)
-    assert torch.equal(output[:, :7], batch["input_ids"].repeat_interleave(3, 0))
-    assert not torch.equal(output[0], output[1])
-    assert int(output[:, 7:].min()) >= 0
-    assert int(output[:, 7:].max()) < VOCABULARY
-
-
-def test_rows_that_end_early_are_padded(model: MobileMMForConditionalGeneration) -> None:
-    answers = one_by_one(model, do_sample=False)
-    end = answers[0][1]
-    batch = pad_left(PROMPTS)
-    output = model.generate(
-        **batch, pixel_values=pixels(), max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0
-    )
-    for answer, row in zip(answers, output[:, 7:].tolist(), strict=True):
-        kept = answer[: answer.index(end) + 1] if end in answer else answer
-        assert row == kept + [0] * (len(row) - len(kept))
-
-
-def test_dictionary_output_keeps_scores(model: MobileMMForConditionalGeneration) -> None:
-    batch = pad_left(PROMPTS)
-    options = {"max_new_tokens": 3, "do_sample": False}
-    plain = model.generate(**batch, pixel_values=pixels(), **options)
-    output = model.generate(
-        **batch, pixel_values=pixels(), **options, return_dict_in_generate=True, output_logits=True
-    )
-    assert torch.equal(output.sequences, plain)
-    assert torch.equal(torch.stack(output.logits, 1).argmax(-1), plain[:, 7:])
-
-
-def test_generation_takes_ids_under_all_their_names(model: MobileMMForConditionalGeneration) -> None:
-    ids = torch.tensor([[1, 5, IMAGE, 7]])
-    options = {"max_new_tokens": 4, "do_sample": False}
-    expected = model.generate(ids, pixel_values=pixels(1), **options)
-    assert torch.equal(model.generate(inputs=ids, pixel_values=pixels(1), **options), expected)
-    assert torch.equal(model.generate(input_ids=ids, pixel_values=pixels(1), **options), expected)
-    features = model.get_image_features(pixels(1)).detach()
-    assert torch.equal(model.generate(ids, image_features=features, **options), expected)
-    slots = torch.tensor(expanded([[1, 5, IMAGE, 7]], PLACEHOLDER, 4))
-    embeds = model.embed(slots, pixels(1)).detach()
-    assert torch.equal(model.generate(inputs_embeds=embeds, **options), expected[:, 4:])
-    assert torch.equal(
-        model.generate(slots, pixel_values=pixels(1), **options)[:, slots.shape[1] :], expected[:, 4:]
-    )
-
-
-def test_repetition_penalty_with_a_placeholder_outside_the_vocabulary(
-    model: MobileMMForConditionalGeneration,
-) -> None:
-    """The penalty divides or multiplies the scores of ids in the prompt, of which the placeholder is none."""
-    slots = torch.tensor(expanded([[1, 5, IMAGE, 7]], PLACEHOLDER, 4))
-    assert int(slots.max()) >= VOCABULARY
-    output = model.generate(
-        slots,
-        pixel_values=pixels(1),
-        max_new_tokens=1,
-        do_sample=False,
-        repetition_penalty=1.7,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    with torch.no_grad():
-        scores = model(slots, pixel_values=pixels(1)).logits[0, -1]
-    penalized = torch.where(scores < 0, scores * 1.7, scores / 1.7)
-    expected = scores.clone()
-    seen = torch.tensor([1, 5, 7, 0])  # 0: what stands in the placeholders' positions
-    expected[seen] = penalized[seen]
-    torch.testing.assert_close(output.scores[0][0], expected)
 
 
 @torch.no_grad()
@@ -424,97 +217,6 @@ def test_text_alone_is_the_language_models(model: MobileMMForConditionalGenerati
     torch.testing.assert_close(model(ids, pixel_values=pixels(0)).logits, expected)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
-
-
-def test_text_streamer_prints_the_answer(
-    model: MobileMMForConditionalGeneration, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ids = torch.tensor([[1, 5, IMAGE, 7]])
-    options = {"pixel_values": pixels(1), "max_new_tokens": 5, "do_sample": False}
-    streamer = TextStreamer(tokenizer(), skip_prompt=True)
-    output = model.generate(ids, streamer=streamer, **options)
-    assert torch.equal(output, model.generate(ids, **options))
-    assert capsys.readouterr().out.split() == [f"w{index}" for index in output[0, 4:].tolist()]
-
-
-def test_iterator_streamer_yields_while_generating(model: MobileMMForConditionalGeneration) -> None:
-    ids = torch.tensor([[1, 5, IMAGE, 7]])
-    options: dict[str, Any] = {"pixel_values": pixels(1), "max_new_tokens": 5, "do_sample": False}
-    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=20)
-    thread = threading.Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer, **options})
-    thread.start()
-    pieces = list(streamer)
-    thread.join()
-    answer = model.generate(ids, **options)[0, 4:].tolist()
-    assert "".join(pieces).split() == [f"w{index}" for index in answer]
-    assert len([piece for piece in pieces if piece]) > 1
-
-
-@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModel, MobileMMForConditionalGeneration])
-def test_saved_models_come_back_bit_for_bit(
-    model: MobileMMForConditionalGeneration, tmp_path: Path, auto: Any
-) -> None:
-    model.save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(config, MobileMMConfig)
-    ignored = {"transformers_version", "_name_or_path", "architectures", "dtype"}
-    assert {k: v for k, v in config.to_dict().items() if k not in ignored} == {
-        k: v for k, v in model.config.to_dict().items() if k not in ignored
-    }
-    again = auto.from_pretrained(tmp_path)
-    assert type(again) is MobileMMForConditionalGeneration
-    assert again.state_dict().keys() == model.state_dict().keys()
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
-    batch = pad_left(PROMPTS)
-    with torch.no_grad():
-        logits = model(**batch, pixel_values=pixels()).logits
-        assert torch.equal(again.eval()(**batch, pixel_values=pixels()).logits, logits)
-
-
-def test_a_model_with_unused_layers_and_a_timm_encoder_comes_back(tmp_path: Path) -> None:
-    encoder = TimmWrapperConfig(architecture="test_vit", model_args={"depth": 2})
-    for index, options in enumerate(
-        [
-            {"keep_unused_layers": True},
-            {"vision_config": encoder, "image_size": 64, "vision_feature_layer": -1},
-        ]
-    ):
-        config = MobileMMConfig(
-            **{"vision_config": CLIPVisionConfig(**VISION), "text_config": LlamaConfig(**TEXT), **options}
-        )
-        model = MobileMMForConditionalGeneration(config).eval()
-        randomize(model)
-        model.save_pretrained(tmp_path / str(index))
-        again = AutoModel.from_pretrained(tmp_path / str(index))
-        for name, value in model.state_dict().items():
-            assert torch.equal(again.state_dict()[name], value), name
-        size = config.image_size
-        image = torch.randn(1, 3, size, size)
-        with torch.no_grad():
-            assert torch.equal(again.get_image_features(image), model.get_image_features(image))
-
-
-def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
-    model = make_model(LlamaConfig(**TEXT, tie_word_embeddings=True))
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    model.save_pretrained(tmp_path)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    assert not (again.get_input_embeddings().weight == 0).all()
-    batch = pad_left(PROMPTS)
-    with torch.no_grad():
-        logits = model(**batch, pixel_values=pixels()).logits
-        assert torch.equal(again(**batch, pixel_values=pixels()).logits, logits)
-    untied = make_model()
-    assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
-
-
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model = make_model().train()
     batch = pad_left(PROMPTS)
@@ -542,64 +244,6 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert gradients.keys() == plain.keys() == dict(model.named_parameters()).keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain[name])
-
-
-@pytest.mark.parametrize("device_map", ["cpu", "auto"])
-def test_device_maps(model: MobileMMForConditionalGeneration, tmp_path: Path, device_map: str) -> None:
-    model.save_pretrained(tmp_path)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map=device_map)
-    batch = pad_left(PROMPTS)
-    with torch.no_grad():
-        logits = model(**batch, pixel_values=pixels()).logits
-        torch.testing.assert_close(again(**batch, pixel_values=pixels()).logits, logits)
-
-
-def test_layers_offloaded_to_disk_stay_whole(model: MobileMMForConditionalGeneration, tmp_path: Path) -> None:
-    """Little memory makes accelerate split the model, which it may do between layers, never inside one."""
-    model.save_pretrained(tmp_path / "model")
-    again = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "model",
-        device_map="auto",
-        max_memory={"cpu": 60_000},
-        offload_folder=tmp_path / "offload",
-    )
-    assert "disk" in again.hf_device_map.values()
-    inside = [
-        name for name in again.hf_device_map if ".layers." in name and not name.split(".layers.")[1].isdigit()
-    ]
-    assert inside == []
-    batch = pad_left(PROMPTS)
-    with torch.no_grad():
-        logits = model(**batch, pixel_values=pixels()).logits
-        torch.testing.assert_close(again(**batch, pixel_values=pixels()).logits, logits)
-
-
-def test_attention_implementation_reaches_all_parts(
-    model: MobileMMForConditionalGeneration, tmp_path: Path
-) -> None:
-    model.save_pretrained(tmp_path)
-    eager = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
-    assert eager.language_model.config._attn_implementation == "eager"
-    assert eager.vision_encoder.model.config._attn_implementation == "eager"
-    batch = pad_left(PROMPTS)
-    with torch.no_grad():
-        output = eager(**batch, pixel_values=pixels(), output_attentions=True)
-        expected = model(**batch, pixel_values=pixels()).logits
-        # The last position is of the prompt in every row; what stands at padded ones is nobody's business.
-        torch.testing.assert_close(output.logits[:, -1], expected[:, -1], rtol=1e-4, atol=1e-4)
-    assert output.attentions[0].shape == (4, 4, output.logits.shape[1], output.logits.shape[1])
-
-
-def test_half_precision_from_full_precision_pixels(
-    model: MobileMMForConditionalGeneration, tmp_path: Path
-) -> None:
-    model.save_pretrained(tmp_path)
-    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    batch = pad_left(PROMPTS)
-    with torch.no_grad():
-        assert half(**batch, pixel_values=pixels()).logits.dtype == torch.bfloat16
-    assert half.generate(**batch, pixel_values=pixels(), max_new_tokens=2).shape == (4, 9)
 
 
 QFORMER = {"type": "qformer", "num_tokens": 3, "num_hidden_layers": 2, "hidden_size": 24, "vocab_size": 20}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import jinja2
-import llama_cpp
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from llama_cpp import mtmd_cpp
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -32,195 +27,24 @@ from mobilemm.export.targets.gguf import (
     LLAMA3_SPLIT,
     PRE_TOKENIZERS,
     add_tokenizer,
-    export_gguf,
     write_gguf,
 )
 from mobilemm.models import MobileMMConfig, MobileMMForConditionalGeneration
 from mobilemm.models.checkpoints import Loaded, save
 from mobilemm.models.checkpoints.processors import make_processor, read_tokenizer
+from tests.export.targets.llama_cpp_judge import (
+    ENGLISH,
+    TEXTS,
+    llama_cpp_image_embeddings,
+    llama_cpp_logits,
+    opened,
+)
 from tests.sentencepiece_model import train_sentencepiece
 
-ASSETS = Path(__file__).parents[2] / "assets"
-ENGLISH = (ASSETS / "english.txt").read_text(encoding="utf-8")
-TEXTS = [
-    ENGLISH[:400],
-    "a  1 2   3",
-    "x  12",
-    "x\n\n 5\t7  ",
-    " leading",
-    "naïve café — 1984’s 日本",
-    "don't WE'LL we'll",
-    "def f(x):\n    return x  # 10,000.50\n",
-]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 VOCABULARY = 400
 # Once a release of llama.cpp has issue 25814 mended, this is False, and the same files give the same tokens.
 LLAMA_CPP_PUTS_CLASS_TOKEN_LAST = True
-
-
-@contextmanager
-def opened(path: Path, **options: Any) -> Iterator[llama_cpp.Llama]:
-    model = llama_cpp.Llama(str(path), n_threads=1, n_threads_batch=1, verbose=False, **options)
-    with closing(model):
-        yield model
-
-
-def llama_cpp_logits(path: Path, ids: list[int]) -> Tensor:
-    """Logits of all positions, (positions, vocabulary)."""
-    length = len(ids)
-    sizes = {"n_ctx": length, "n_batch": length, "n_ubatch": length}
-    with opened(path, **sizes, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, logits_all=True) as model:
-        model.eval(ids)
-        return torch.tensor(np.array(model.scores[:length]))
-
-
-def llama_cpp_image_embeddings(llm: Path, mmproj: Path, picture: Image.Image, width: int) -> Tensor:
-    """What llama.cpp's encoder and projector make of a picture, (image tokens, text width)."""
-    mtmd_cpp.mtmd_log_set(ERRORS_ONLY, None)
-    parameters = mtmd_cpp.mtmd_context_params_default()
-    parameters.use_gpu, parameters.n_threads, parameters.print_timings = False, 1, False
-    with opened(llm, n_ctx=256) as text_model:
-        context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), text_model.model, parameters)
-        assert context, "llama.cpp does not load the mmproj"
-        pixels = np.ascontiguousarray(np.asarray(picture.convert("RGB")))
-        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        bitmap = mtmd_cpp.mtmd_bitmap_init(picture.width, picture.height, data)
-        chunks = mtmd_cpp.mtmd_input_chunks_init()
-        try:
-            marker = mtmd_cpp.mtmd_default_marker()
-            prompt = mtmd_cpp.mtmd_input_text(marker, len(marker), True, True)
-            bitmaps = (ctypes.c_void_p * 1)(bitmap)
-            assert mtmd_cpp.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) == 0
-            found = [
-                mtmd_cpp.mtmd_input_chunks_get(chunks, index)
-                for index in range(mtmd_cpp.mtmd_input_chunks_size(chunks))
-            ]
-            image = next(
-                chunk
-                for chunk in found
-                if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE
-            )
-            assert mtmd_cpp.mtmd_encode_chunk(context, image) == 0
-            tokens = mtmd_cpp.mtmd_input_chunk_get_n_tokens(image)
-            values = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), (tokens, width))
-            return torch.from_numpy(values.copy())
-        finally:
-            mtmd_cpp.mtmd_input_chunks_free(chunks)
-            mtmd_cpp.mtmd_bitmap_free(bitmap)
-            mtmd_cpp.mtmd_free(context)
-
-
-GGML_TYPE_F32, GGML_LOG_LEVEL_ERROR = 0, 4
-ERRORS_ONLY = llama_cpp.llama_log_callback(
-    lambda level, text, data: print(text.decode(), end="") if level == GGML_LOG_LEVEL_ERROR else None
-)
-
-
-# --- the default model -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def default() -> Loaded:
-    return mobilemm.load(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def default_ids(default: Loaded) -> list[int]:
-    return default.processor.tokenizer(ENGLISH)["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def default_logits(default: Loaded, default_ids: list[int]) -> Tensor:
-    with torch.no_grad():
-        return default.model.language_model(torch.tensor([default_ids])).logits[0]
-
-
-@pytest.fixture(scope="module")
-def default_f16(default: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_gguf(default, tmp_path_factory.mktemp("gguf"), "f16", mmproj=False).llm
-
-
-SOME = 128  # positions, where fewer will do
-
-
-def kl(reference: Tensor, logits: Tensor) -> float:
-    """Mean KL divergence per position, in nats."""
-    wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
-    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
-
-
-@pytest.mark.slow
-def test_default_model_in_f16_says_what_pytorch_says(
-    default_f16: Path, default_ids: list[int], default_logits: Tensor
-) -> None:
-    assert len(default_ids) > 500
-    logits = llama_cpp_logits(default_f16, default_ids)
-    top1 = (logits.argmax(-1) == default_logits.argmax(-1)).float().mean()
-    assert top1 >= 0.99
-    assert kl(default_logits, logits) < 1e-4
-
-
-@pytest.mark.slow
-def test_default_model_is_tokenized_alike(default: Loaded, default_f16: Path) -> None:
-    tokenizer = default.processor.tokenizer
-    messages = [{"role": "user", "content": "What is 12 + 30?"}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    with opened(default_f16, vocab_only=True) as model:
-        for text in [*TEXTS, prompt]:
-            assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"]
-        assert model.token_eos() == tokenizer.eos_token_id
-        assert model.metadata["tokenizer.chat_template"] == tokenizer.chat_template
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "megabytes", "most"), [("q8_0", 145, 0.01), ("q4_0", 92, 0.5)])
-def test_default_model_quantized(
-    default: Loaded,
-    default_ids: list[int],
-    default_logits: Tensor,
-    tmp_path: Path,
-    dtype: Any,
-    megabytes: int,
-    most: float,
-) -> None:
-    path = write_gguf(default.model, default.processor, tmp_path, dtype, mmproj=False).llm
-    assert path.stat().st_size / 1e6 == pytest.approx(megabytes, abs=1)
-    # Its weights have been through four bits once before they came into our package, so q4_0 hurts twice.
-    assert kl(default_logits[:SOME], llama_cpp_logits(path, default_ids[:SOME])) < most
-
-
-@pytest.mark.slow
-def test_llama_quantize_takes_the_f16_file(
-    default_f16: Path, default_ids: list[int], default_logits: Tensor, tmp_path: Path
-) -> None:
-    """As `llama-quantize FILE q4_0` does it: embeddings in Q6_K, or Q8_0 where their width forbids that."""
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, 1
-    path = tmp_path / "quantized.gguf"
-    assert (
-        llama_cpp.llama_model_quantize(
-            str(default_f16).encode(), str(path).encode(), ctypes.byref(parameters)
-        )
-        == 0
-    )
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-    assert types["blk.0.ffn_up.weight"] == "Q4_0"
-    assert types["token_embd.weight"] in ("Q6_K", "Q8_0")
-    assert kl(default_logits[:SOME], llama_cpp_logits(path, default_ids[:SOME])) < 0.5
-
-
-@pytest.mark.slow
-def test_a_vision_encoder_that_llama_cpp_lacks(
-    default: Loaded, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(MobileMMError, match="no vision encoder 'tf_efficientnet_lite0'"):
-        write_gguf(default.model, default.processor, tmp_path / "asked", mmproj=True)
-    assert not (tmp_path / "asked").exists()
-    with caplog.at_level(logging.WARNING):
-        files = write_gguf(default.model, default.processor, tmp_path / "left", "q8_0")
-    assert files.mmproj is None
-    assert [file.name for file in (tmp_path / "left").iterdir()] == ["llm-q8_0.gguf"]
-    assert "tf_efficientnet_lite0" in caplog.text
 
 
 # --- MobileVLM and LLaVA at tiny width --------------------------------------------------------------------
