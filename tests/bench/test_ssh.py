@@ -42,7 +42,7 @@ class Server:
     folder: Path
     user: str
     port: int
-    home: Path
+    home: Path  # what the user may read; pytest's own folders close themselves to others
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -54,7 +54,7 @@ class Server:
         config = self.folder / "sshd_config"
         config.write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder / host_key}\n"
-            f"AuthorizedKeysFile {self.folder / 'login.pub'}\nPidFile none\nStrictModes no\nUsePAM no\n"
+            f"AuthorizedKeysFile {self.home / 'login.pub'}\nPidFile none\nStrictModes no\nUsePAM no\n"
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
         )
         os.makedirs("/run/sshd", exist_ok=True)
@@ -100,17 +100,15 @@ def user() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server(user: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("sshd")
-    # Another user has to read the key that logs in.
-    for parent in (folder, *folder.parents):
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
+    home = Path(pwd.getpwnam(user).pw_dir) if os.geteuid() == 0 else folder
     for name in ("host_key", "other_host_key", "login"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    (folder / "login.pub").chmod(0o644)
+    if home != folder:
+        shutil.copy(folder / "login.pub", home)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = Server(folder, user, port, Path(pwd.getpwnam(user).pw_dir))
+    made = Server(folder, user, port, home)
     made.start("host_key")
     try:
         yield made
@@ -296,7 +294,7 @@ def test_one_benchmark_at_a_time(server: Server, ssh: Callable[..., None], cache
 
 def test_an_old_python_is_named(server: Server, ssh: Callable[..., None], bundle: Path) -> None:
     """The board's part says so itself: what runs there is a Python that claims to be old."""
-    script = server.folder / "old python"
+    script = server.home / "old python"
     script.write_text(
         f"#!/bin/sh\nexec {own_python(server)} -c 'import sys; sys.version_info = (3, 9, 2); "
         'exec(sys.argv[1])\' "$2"\n'
