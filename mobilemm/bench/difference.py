@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mobilemm.bench.compare import Change, change
-from mobilemm.bench.host import WHAT, Found, run
+from mobilemm.bench.host import WHAT, Found, label, run
 from mobilemm.bench.result import Figure, Settings, Unit
 from mobilemm.runtime.bundle import Bundle
 from mobilemm.runtime.manifest import Manifest
@@ -51,12 +51,11 @@ def in_turns(
             run((before, after)[which], "all", settings, measured, {"load": "load_warm"})
             for name, (unit, values) in measured.figures.items():
                 found[which].setdefault(name, (unit, []))[1].append(float(np.median(values)))
-    labels = {"prefill": f"pp{settings.prompt_tokens}", "decode": f"tg{settings.new_tokens}"}
     changes = []
     for name in WHAT:
         if name in found[0] and name in found[1]:
             first, second = (
-                Figure(name=labels.get(name, name), what=WHAT[name], unit=one[name][0], runs=one[name][1])
+                Figure(name=label(name, settings), what=WHAT[name], unit=one[name][0], runs=one[name][1])
                 for one in found
             )
             changes.append(change(first, second, paired=True))

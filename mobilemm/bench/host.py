@@ -195,6 +195,12 @@ def main() -> None:
         say(error=str(error))
 
 
+def label(name: str, settings: Settings) -> str:
+    """A figure's name, in llama-bench's words where it has one."""
+    known = {"prefill": f"pp{settings.prompt_tokens}", "decode": f"tg{settings.new_tokens}"}
+    return known.get(name, name)
+
+
 def _result(
     settings: Settings, rates: Rates, before: Condition, after: Condition, found: Found, device: str
 ) -> Result:
@@ -206,10 +212,9 @@ def _result(
         "decode": decode_limit(decoding, settings.prompt_tokens + settings.new_tokens / 2, rates),
         "load_warm": load_limit(decoding, rates),
     }
-    labels = {"prefill": f"pp{settings.prompt_tokens}", "decode": f"tg{settings.new_tokens}"}
     figures = [
         Figure(
-            name=labels.get(name, name),
+            name=label(name, settings),
             what=WHAT[name],
             unit=found.figures[name][0],
             runs=found.figures[name][1],
