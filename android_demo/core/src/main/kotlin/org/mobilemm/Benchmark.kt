@@ -187,13 +187,13 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         }
         val watts = arrayListOf(first)
         val meter = Executors.newSingleThreadScheduledExecutor()
-        val begun = System.nanoTime()
         val seconds: Double
         try {
             meter.scheduleAtFixedRate({ device.power()?.let(watts::add) }, POWER_INTERVAL, POWER_INTERVAL, TimeUnit.MILLISECONDS)
+            val begun = System.nanoTime()
             action()
-        } finally {
             seconds = secondsSince(begun)
+        } finally {
             meter.shutdown()
             meter.awaitTermination(1, TimeUnit.SECONDS)
         }

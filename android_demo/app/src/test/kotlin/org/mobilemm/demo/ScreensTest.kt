@@ -302,7 +302,7 @@ class ScreensTest {
                 .putExtra("run", true)
                 .putExtra("bundle", bundle)
                 .putExtra("prompt_tokens", 8)
-                .putExtra("new_tokens", 4)
+                .putExtra("new_tokens", 32)
                 .putExtra("runs", 2)
                 .putExtra("out", out)
         Robolectric.buildActivity(BenchmarkActivity::class.java, intent).setup()
@@ -329,7 +329,10 @@ class ScreensTest {
         assertEquals(Bundle.sha256(copy, Bundle.MANIFEST), (result["bundle"] as Map<*, *>)["digest"])
         assertFalse(File(files, "adb.json.state").exists())
         val runs = (result["figures"] as List<*>).map { it as Map<*, *> }.associate { it["name"] to it["runs"] as List<*> }
-        runs.getValue("energy").zip(runs.getValue("tg4")) { joules, rate -> assertEquals(6 / (rate as Double), joules as Double, 0.5 * joules) }
+        // 6 W for as long as a token takes; in one of the runs no other process may have come between two clocks.
+        val watts = runs.getValue("energy").zip(runs.getValue("tg32")) { joules, rate -> joules as Double * rate as Double }
+        assertTrue(watts.all { it >= 6 * 0.999 })
+        assertTrue(watts.min() < 12)
         val before = (result["machine"] as Map<*, *>)["before"] as Map<*, *>
         assertEquals(31.5, (before["celsius"] as Map<*, *>)["battery"])
         // What was measured before does not stand for what could not be.
