@@ -14,7 +14,7 @@ import transformers
 
 from mobilemm.bench.limits import Decoding
 from mobilemm.bench.result import BundleFacts
-from mobilemm.bench.subject import words
+from mobilemm.bench.subject import ask_anew, words
 from mobilemm.data.images import open_image
 from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints import load
@@ -111,10 +111,7 @@ class CheckpointSubject:
         self.model.get_image_features(**{name: value for name, value in pixels.items() if name in known})
 
     def ask(self, photos: Sequence[bytes], question: str) -> None:
-        self.session.reset()
-        for photo in photos:
-            self.session.look_at(photo)
-        self.session.reply(question)
+        ask_anew(self.session, photos, question)
 
     def embed(self, ids: list[int]) -> Any:
         return torch.tensor([ids])  # embedding is part of the model's forward

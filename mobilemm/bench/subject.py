@@ -14,6 +14,7 @@ from mobilemm.bench.result import BundleFacts
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import Array, Backend, Decoder, open_backend
 from mobilemm.runtime.bundle import MANIFEST, Bundle, open_bundle
+from mobilemm.runtime.conversation import Conversation
 from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.manifest import Manifest
 from mobilemm.runtime.noise import normal
@@ -135,10 +136,7 @@ class BundleSubject:
         self.backend.run("vision", {"pixels": pixels})
 
     def ask(self, photos: Sequence[bytes], question: str) -> None:
-        self.session.reset()
-        for photo in photos:
-            self.session.look_at(photo)
-        self.session.reply(question)
+        ask_anew(self.session, photos, question)
 
     def embed(self, ids: list[int]) -> Any:
         empty = np.zeros((0, self.manifest.model.hidden_size), np.float32)
@@ -161,6 +159,14 @@ class BundleSubject:
         inputs["noise"] = normal(seed, self.manifest.generation.noise.shape)
         self.backend.run("generator", inputs)
         return []  # the steps are one program
+
+
+def ask_anew(session: Conversation, photos: Sequence[bytes], question: str) -> None:
+    """A question about photos, as the first of its conversation."""
+    session.reset()
+    for photo in photos:
+        session.look_at(photo)
+    session.reply(question)
 
 
 def decoding_of(manifest: Manifest) -> Decoding:

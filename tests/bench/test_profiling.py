@@ -43,27 +43,25 @@ def profiled(folder: Path, trace: Path) -> dict[str, list[Operator]]:
     return phases
 
 
-def test_onnxruntime(checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    plan = make_plan("fp32", vision="fp32")
-    export_bundle(str(checkpoint), find_target("onnx"), tmp_path / "onnx", ExportOptions(plan=plan))
-    phases = profiled(tmp_path / "onnx", tmp_path / "trace.json")
-    layers = open_bundle(tmp_path / "onnx").manifest.model.num_layers
+@pytest.mark.parametrize(
+    ("target", "package", "attention", "linear"),
+    [
+        ("onnx", "onnxruntime", "GroupQueryAttention", "MatMul"),
+        ("executorch", "executorch", "llama::custom_sdpa.out", "XNNPACK Fully Connected"),
+    ],
+)
+def test_a_bundle(
+    checkpoint: Path, tmp_path: Path, target: str, package: str, attention: str, linear: str
+) -> None:
+    pytest.importorskip(package)
+    options = ExportOptions(plan=make_plan("fp32", vision="fp32"))
+    export_bundle(str(checkpoint), find_target(target), tmp_path / "bundle", options)
+    phases = profiled(tmp_path / "bundle", tmp_path / "trace.json")
+    layers = open_bundle(tmp_path / "bundle").manifest.model.num_layers
     for phase, runs in (("pp8", 1), (f"tg{TOKENS}", TOKENS)):
         calls = {one.name: one.calls for one in phases[phase]}
-        assert calls["GroupQueryAttention"] == runs * layers
-
-
-def test_executorch(checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("executorch")
-    plan = make_plan("fp32", vision="fp32")
-    export_bundle(str(checkpoint), find_target("executorch"), tmp_path / "et", ExportOptions(plan=plan))
-    phases = profiled(tmp_path / "et", tmp_path / "trace.json")
-    layers = open_bundle(tmp_path / "et").manifest.model.num_layers
-    for phase, runs in (("pp8", 1), (f"tg{TOKENS}", TOKENS)):
-        calls = {one.name: one.calls for one in phases[phase]}
-        assert calls["llama::custom_sdpa.out"] == runs * layers
-        assert any(name.startswith("XNNPACK Fully Connected") for name in calls)
+        assert calls[attention] == runs * layers
+        assert any(name.startswith(linear) for name in calls)
 
 
 def test_pytorch(checkpoint: Path, tmp_path: Path) -> None:
