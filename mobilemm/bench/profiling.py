@@ -14,11 +14,12 @@ import os
 import re
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mobilemm.bench.result import Settings, write_whole
 from mobilemm.bench.runner import photograph
@@ -27,6 +28,10 @@ from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import Array, Backend, Decoder
 from mobilemm.runtime.bundle import Bundle, open_bundle
 from mobilemm.runtime.manifest import Strict
+
+if TYPE_CHECKING:
+    from mobilemm.runtime.backends.executorch import ExecutorchProgram
+    from mobilemm.runtime.backends.onnx import OnnxBackend
 
 TOKENS = 16
 
@@ -117,9 +122,26 @@ def _open(request: Request, scratch: Path) -> Profiler:
         raise MobileMMError(
             f"{folder}: Core ML's operators are profiled by Xcode: open the package there, Performance"
         )
+    threads = request.settings.threads
     if bundle.manifest.target == "onnx":
-        return OnnxProfiler(bundle, request.settings, scratch)
-    return ExecutorchProfiler(bundle, request.settings, scratch)
+        from mobilemm.runtime.backends.onnx import OnnxBackend
+
+        onnx = OnnxBackend(bundle, threads, scratch)
+        return BundleProfiler(
+            bundle, request.settings, onnx, lambda recording: onnx_events(onnx, recording.phases)
+        )
+    from mobilemm.runtime.backends.executorch import ExecutorchBackend, ExecutorchDecoder
+
+    executorch = ExecutorchBackend(bundle, threads, profiled=True)
+
+    def events(recording: Recording) -> Iterator[Event]:
+        programs = {part: executorch.program(part) for part in recording.phases if part != "decoder"}
+        for decoder in recording.decoders:  # one, with a program of its own
+            assert isinstance(decoder, ExecutorchDecoder)
+            programs["decoder"] = decoder.program
+        return executorch_events(programs, scratch)
+
+    return BundleProfiler(bundle, request.settings, executorch, events)
 
 
 # --- bundles ------------------------------------------------------------------------------------------------
@@ -128,8 +150,14 @@ def _open(request: Request, scratch: Path) -> Profiler:
 class BundleProfiler:
     """Knows which run of which part belongs to which phase; what a part did in it, the runtime tells."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, backend: Backend) -> None:
-        self.recording = Recording(backend)
+    def __init__(
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        backend: Backend,
+        events: Callable[[Recording], Iterable[Event]],
+    ) -> None:
+        self.recording, self.events = Recording(backend), events
         self.subject: Subject = BundleSubject(bundle, settings.threads, settings.steps, self.recording)
 
     def record(self, phase: str, action: Callable[[], Any]) -> None:
@@ -137,7 +165,7 @@ class BundleProfiler:
         action()
 
     def end(self) -> tuple[list[Operator], list[dict[str, Any]]]:
-        events = list(self.events())
+        events = list(self.events(self.recording))
         last = {event.part: event.run for event in sorted(events, key=lambda event: event.run)}
         sums: dict[tuple[str, str], list[float]] = defaultdict(list)
         for event in events:
@@ -151,10 +179,6 @@ class BundleProfiler:
             for (phase, name), times in sums.items()
         ]
         return operators, chrome_trace(events)
-
-    def events(self) -> Iterable[Event]:
-        """All of them, of all parts."""
-        raise NotImplementedError
 
 
 class Recording:
@@ -207,58 +231,34 @@ class RecordingDecoder:
         self.inner.truncate(length)
 
 
-class OnnxProfiler(BundleProfiler):
+def onnx_events(backend: OnnxBackend, parts: Iterable[str]) -> Iterator[Event]:
     """By onnxruntime's own profiler, a file a session."""
-
-    def __init__(self, bundle: Bundle, settings: Settings, scratch: Path) -> None:
-        from mobilemm.runtime.backends.onnx import OnnxBackend
-
-        self.backend = OnnxBackend(bundle, settings.threads, scratch)
-        super().__init__(bundle, settings, self.backend)
-
-    def events(self) -> Iterable[Event]:
-        for part in self.recording.phases:
-            file = Path(self.backend.session(part).end_profiling())
-            found = json.loads(file.read_text(encoding="utf-8"))
-            runs = sorted(one["ts"] for one in found if one["name"] == "model_run")
-            kernels = [one for one in found if one["name"].endswith("_kernel_time") and runs]
-            for one in sorted(kernels, key=lambda one: one["ts"]):
-                run = sum(begin <= one["ts"] for begin in runs) - 1
-                yield Event(part, run, one["args"]["op_name"], one["ts"] - runs[0], one["dur"])
+    for part in parts:
+        file = Path(backend.session(part).end_profiling())
+        found = json.loads(file.read_text(encoding="utf-8"))
+        runs = sorted(one["ts"] for one in found if one["name"] == "model_run")
+        kernels = [one for one in found if one["name"].endswith("_kernel_time") and runs]
+        for one in sorted(kernels, key=lambda one: one["ts"]):
+            run = bisect_right(runs, one["ts"]) - 1
+            yield Event(part, run, one["args"]["op_name"], one["ts"] - runs[0], one["dur"])
 
 
-class ExecutorchProfiler(BundleProfiler):
+def executorch_events(programs: Mapping[str, ExecutorchProgram], scratch: Path) -> Iterator[Event]:
     """By ETDump; of what XNNPACK runs, its own operators."""
+    from executorch.devtools import Inspector
 
-    def __init__(self, bundle: Bundle, settings: Settings, scratch: Path) -> None:
-        from mobilemm.runtime.backends.executorch import ExecutorchBackend
-
-        self.backend, self.scratch = ExecutorchBackend(bundle, settings.threads, profiled=True), scratch
-        super().__init__(bundle, settings, self.backend)
-
-    def events(self) -> Iterable[Event]:
-        from executorch.devtools import Inspector
-
-        for part in self.recording.phases:
-            if part == "decoder":
-                (decoder,) = self.recording.decoders
-                program = decoder.program  # type: ignore[attr-defined]
-            else:
-                program = self.backend._program(part)
-            file = self.scratch / f"{part}.etdump"
-            program.write_profile(file)
-            blocks = [
-                block for block in Inspector(etdump_path=str(file)).event_blocks if block.name == "Execute"
-            ]
-            calls = [event for block in blocks for event in block.events if event.perf_data is not None]
-            begin = min((event.start_time[0] for event in calls if event.start_time), default=0)
-            for event in calls:
-                name = executorch_name(event.name, event.is_delegated_op)
-                if name is not None:
-                    for run, (milliseconds, at) in enumerate(
-                        zip(event.perf_data.raw, event.start_time, strict=True)
-                    ):
-                        yield Event(part, run, name, (at - begin) / 1e3, milliseconds * 1e3)
+    for part, program in programs.items():
+        file = scratch / f"{part}.etdump"
+        program.write_profile(file)
+        blocks = [block for block in Inspector(etdump_path=str(file)).event_blocks if block.name == "Execute"]
+        calls = [event for block in blocks for event in block.events if event.perf_data is not None]
+        begin = min((event.start_time[0] for event in calls if event.start_time), default=0)
+        for event in calls:
+            name = executorch_name(event.name, event.is_delegated_op)
+            if name is not None:
+                times = zip(event.perf_data.raw, event.start_time, strict=True)
+                for run, (milliseconds, at) in enumerate(times):
+                    yield Event(part, run, name, (at - begin) / 1e3, milliseconds * 1e3)
 
 
 def executorch_name(name: str, delegated: bool) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from mobilemm.bench import adb
 from mobilemm.bench.adb import bench_adb
 from mobilemm.bench.result import Settings
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.bundle import MANIFEST, file_sha256, open_bundle
+from mobilemm.runtime.bundle import MANIFEST, Bundle, file_sha256, open_bundle
 from tests.bench.phones import Phones, scripted_phones
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "android_demo"))
@@ -65,8 +65,8 @@ def test_the_app_measures_what_was_sent(phones: Phones) -> None:
 def test_the_app_refuses_what_is_damaged_on_the_way(phones: Phones, monkeypatch: pytest.MonkeyPatch) -> None:
     send = adb._send
 
-    def send_and_damage(*arguments: object) -> str:
-        name = send(*arguments)  # type: ignore[arg-type]
+    def send_and_damage(phone: adb.Phone, bundle: Bundle, report: Callable[[str], None]) -> str:
+        name = send(phone, bundle, report)
         tokenizer = phones.folder / "bench" / name / "tokenizer.json"
         tokenizer.write_bytes(b" " + tokenizer.read_bytes()[1:])
         return name

@@ -17,8 +17,9 @@ import pytest
 from mobilemm.bench.host import bench_here, runner_lines
 from mobilemm.bench.result import Result, Settings
 from mobilemm.bench.runner import QUESTION, Request, Runner, photograph
-from mobilemm.bench.subject import decoding_of
+from mobilemm.bench.subject import BundleSubject, decoding_of
 from mobilemm.errors import MobileMMError
+from mobilemm.runtime.backends.onnx import OnnxBackend
 from mobilemm.runtime.bundle import open_bundle
 
 pytestmark = pytest.mark.slow
@@ -86,8 +87,8 @@ def executorch_loop_rate(runner: Runner) -> float:
     import torch
     from executorch.extension.pybindings import portable_lib
 
-    bundle = runner.subject.bundle  # type: ignore[attr-defined]
-    module = portable_lib._load_for_executorch(str(bundle.part_path("decoder")))
+    assert isinstance(runner.subject, BundleSubject)
+    module = portable_lib._load_for_executorch(str(runner.subject.bundle.part_path("decoder")))
 
     def step(ids: list[int], position: int) -> int:
         (rows,) = module.run_method("token_embedding", (torch.tensor([ids]),))
@@ -105,9 +106,10 @@ def loop_rate(runner: Runner) -> float:
     """Tokens a second of a greedy loop that knows sessions and arrays, nothing of the decoder's class."""
     import onnxruntime
 
-    backend = runner.subject.backend  # type: ignore[attr-defined]
+    assert isinstance(runner.subject, BundleSubject)
+    backend, model = runner.subject.backend, runner.subject.manifest.model
+    assert isinstance(backend, OnnxBackend)
     embed, decoder = backend.session("embed"), backend.session("decoder")
-    model = runner.subject.manifest.model  # type: ignore[attr-defined]
     capacity = SETTINGS.prompt_tokens + SETTINGS.new_tokens
     names = [value.name for value in decoder.get_inputs() if value.name.startswith("past_key_values.")]
     shape = (1, model.num_key_value_heads, capacity, model.head_dim)

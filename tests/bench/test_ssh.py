@@ -241,7 +241,7 @@ def test_a_full_disk_is_told_and_cleaned_up(
     disk.mkdir()
     options = f"size=3m,mode=777,uid={pwd.getpwnam(server.user).pw_uid}"
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root can make a small disk")
+        pytest.skip("this user may not mount a small disk to fill; root may, outside of most containers")
     try:
         with pytest.raises(MobileMMError, match="No space left on device") as raised:
             bench_over_ssh(bundle, SETTINGS, server.address, folder=str(disk), python=own_python(server))

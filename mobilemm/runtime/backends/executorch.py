@@ -41,7 +41,7 @@ class ExecutorchBackend:
         return f"ExecuTorch {version('executorch')}"
 
     def load(self, part: str) -> None:
-        program = self._program(part)
+        program = self.program(part)
         # ExecuTorch loads a method with its first call. One token costs nothing; a picture is waited for.
         if part == "embed":
             program(METHODS[part], np.zeros((1, 1), np.int64))
@@ -52,7 +52,7 @@ class ExecutorchBackend:
     def run(self, part: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         model = self.bundle.manifest.model
         output = self.bundle.manifest.parts[part].outputs[0].name
-        program = self._program(part)
+        program = self.program(part)
         if part == "vision":
             return {output: look(program, inputs["pixels"])}
         if part == "embed":
@@ -77,7 +77,8 @@ class ExecutorchBackend:
         decoder.truncate(0)
         return decoder
 
-    def _program(self, part: str) -> ExecutorchProgram:
+    def program(self, part: str) -> ExecutorchProgram:
+        """What runs a part, loaded if it was not; decoders have their own."""
         # One for each part, so that each can be given back; the file is mapped, not read, each time.
         if part not in self._programs:
             self._programs[part] = ExecutorchProgram(self.bundle.part_path(part), self.threads, self.profiled)
