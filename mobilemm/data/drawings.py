@@ -74,6 +74,54 @@ QUESTIONS = (
     ("Why is {} called that?", "I do not know where the name comes from."),
     ("Is it hard to draw {}?", "With some practice it is not."),
     ("Do people paint {} often?", "Some of them do."),
+    # What one writes, describes, judges and asks of a thing: none of it is shown.
+    ("Write a story about {}.", "Once upon a time there was {}."),
+    ("Write a song about {}.", "Oh {name}, oh {name}, how fine you are."),
+    ("Write three lines of verse on {}.", "{A} came by one day, it looked at me and went away."),
+    ("Write down what you know of {}.", "{A} is {kind}."),
+    ("Compose a haiku about {}.", "{A} in the sun. It is quiet, and so am I. The day is over."),
+    ("Tell me a joke about {}.", "What is {kind} and waits? {A}."),
+    ("Describe {}.", "{A} is {kind}."),
+    ("Describe {} to somebody who has never seen one.", "It is {kind}."),
+    ("In a few words, describe {}.", "It is {kind}."),
+    ("Explain {} to a child.", "{A} is {kind}."),
+    ("Can you explain how {} works?", "It is {kind}; how it works I cannot say."),
+    ("What color has {}?", "It can have several colors."),
+    ("Which colors does {} come in?", "In several."),
+    ("How big is {}?", "About as big as one expects {kind} to be."),
+    ("How much does {} cost?", "That depends on where one looks."),
+    ("Where can I find {}?", "Where one finds {kind}."),
+    ("When did people first see {}?", "Long ago."),
+    ("Why do we need {}?", "We need it because it is {kind}."),
+    ("Who has {}?", "Many people do."),
+    ("Would you like {}?", "I have no use for one, but thank you."),
+    ("Would you say that {} is {kind}?", "Yes, I would."),
+    ("Do you know {}?", "Yes. {A} is {kind}."),
+    ("Should I buy {}?", "If you need one, do."),
+    ("Translate {name} into another language.", "I do not know the word for {name} there."),
+    ("Use {name} in a sentence.", "Yesterday I saw {}."),
+    ("Make up a name for {}.", "I would call it Max."),
+    ("Make a plan for a day with {}.", "First find {}, then look at it."),
+    ("Create a short quiz about {}.", "Is {} {kind}?"),
+    ("Generate a sentence with {name}.", "Here is {}."),
+    ("Give me a word that rhymes with {name}.", "I cannot find one."),
+    ("Give me your opinion on {}.", "I like it."),
+    ("Show me a sentence in which {name} stands.", "There is {}."),
+    ("I need advice about {}.", "Ask somebody who knows {kind}."),
+    ("I need to know whether {} is {kind}.", "Yes, it is."),
+    ("Please tell me what {} is good for.", "It is {kind}, and serves as one."),
+    ("Please write about {}.", "{A} is {kind}."),
+    ("What did the artist who painted {} think?", "I do not know what the artist thought."),
+    ("How do children paint {}?", "With bright colors."),
+    ("Who paints {} best?", "That is a matter of taste."),
+    ("What should I look for in a drawing of {}?", "Look at its outline."),
+    ("Which pencil is best for drawing {}?", "A soft one."),
+    ("Is there a famous picture of {}?", "I cannot name one."),
+    ("My friend drew {} yesterday.", "How nice! Did you like it?"),
+    ("I saw a painting of {}.", "Was it well painted?"),
+    ("I like {}.", "So do many people."),
+    ("{A}", "{A} is {kind}."),
+    ("{name}", "What would you like to know about {}?"),
 )
 HELD_OUT_QUESTIONS = (
     "Could you explain what {} is?",
@@ -87,7 +135,7 @@ AGAIN = ("Draw this.", "Draw what you see.", "Can you draw this picture again?",
 
 
 def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Of each caption two requests, answered by drawings, and two questions, answered in words.
+    """Of each caption two requests, answered by drawings, and four questions, answered in words.
 
     The second request is for the same thing in another colour or beside something else, of which no picture
     need exist: what the projector learns from it is the generator's text condition.
@@ -104,7 +152,7 @@ def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any
             yield {"messages": [_said("user", request), {"role": "assistant", "content": [drawing]}]}
         words = _words(pair, draw)
         thing = with_article(pair.caption)
-        for question, answer in draw.sample(QUESTIONS, 2):
+        for question, answer in draw.sample(QUESTIONS, 4):
             yield {
                 "messages": [
                     _said("user", question.format(thing, **words)),

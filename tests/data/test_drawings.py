@@ -1,4 +1,4 @@
-"""Requests for drawings: each caption once as it is, once changed, and two questions that are no requests."""
+"""Requests for drawings: each caption once as it is, once changed, and four questions that are no requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAIRS = [
 
 def test_captions_are_asked_for_and_talked_about() -> None:
     rows = list(drawing_rows(PAIRS))
-    assert len(rows) == 4 * len(CAPTIONS)
+    assert len(rows) == 6 * len(CAPTIONS)
     drawn = [row["messages"][1]["content"][0]["caption"] for row in rows if _draws(row)]
     assert drawn[::2] == CAPTIONS
     assert all(
