@@ -75,7 +75,7 @@ test: $(JUDGES) ## run every test (some of them only: make test PYTEST_FLAGS="-m
 # Python answers with the very version of ONNX Runtime that the app has: kernels differ between versions.
 ANDROID := build/android
 ANDROID_ORT := $(shell sed -n 's/^onnxruntime = "\(.*\)"/\1/p' android_demo/gradle/libs.versions.toml)
-ANDROID_TESTS := --bundle $(ANDROID)/bundle --vectors $(ANDROID)/vectors
+ANDROID_TESTS := --bundle $(ANDROID)/bundle --vectors $(ANDROID)/vectors --drawing $(ANDROID)/drawing
 android: $(STAMP) $(ANDROID)/bundle ## build the Android demo: a signed APK with the default model in it
 	$(BIN)/python android_demo/build.py apk --bundle $(ANDROID)/bundle
 	$(BIN)/python android_demo/build.py check
@@ -83,6 +83,8 @@ android: $(STAMP) $(ANDROID)/bundle ## build the Android demo: a signed APK with
 test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) ## run the Android demo's tests on the JVM
 	PYTHONPATH=$(ANDROID)/onnxruntime-$(ANDROID_ORT) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(ANDROID)/vectors
+	PYTHONPATH=$(ANDROID)/onnxruntime-$(ANDROID_ORT) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m tests.ios.drawing $(ANDROID)/drawing
 	$(BIN)/python android_demo/build.py test $(ANDROID_TESTS)
 	$(BIN)/python android_demo/build.py test-app $(ANDROID_TESTS)
 	$(BIN)/python -m pytest tests/android

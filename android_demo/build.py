@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Builds and tests the Android demo where Google's servers cannot be reached: Java 17, Maven, and this file.
 
-    python android_demo/build.py test --bundle FOLDER --vectors FOLDER
-    python android_demo/build.py test-app --bundle FOLDER --vectors FOLDER
+    python android_demo/build.py test --bundle FOLDER --vectors FOLDER --drawing FOLDER
+    python android_demo/build.py test-app --bundle FOLDER --vectors FOLDER --drawing FOLDER
     python android_demo/build.py apk [--bundle FOLDER]
     python android_demo/build.py check
 
@@ -511,6 +511,7 @@ def junit(
             "-Xmx2g",
             f"-Dmobilemm.vectors={arguments.vectors}",
             f"-Dmobilemm.bundle={arguments.bundle}",
+            f"-Dmobilemm.drawing={arguments.drawing}",
         ),
         *options,
         *("-cp", os.pathsep.join(map(str, classpath)), "org.junit.runner.JUnitCore", *classes),
@@ -528,6 +529,7 @@ def main() -> int:
         command = commands.add_parser(name, help=action.__doc__)
         command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
         command.add_argument("--vectors", type=Path, required=True, help="what tests/phone_vectors.py wrote")
+        command.add_argument("--drawing", type=Path, required=True, help="what tests/ios/drawing.py wrote")
         command.add_argument("--only", nargs="*", help="names of test classes")
         command.set_defaults(action=action)
     command = commands.add_parser("bench", help=bench.__doc__)

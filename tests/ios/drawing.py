@@ -25,19 +25,20 @@ from tests.export.drawing_checkpoint import REQUEST, write_drawer
 SEEDS = (7, 2**40 + 1)
 
 
-def write_drawings(bundle: Path, folder: Path) -> None:
+def write_drawings(bundle: Path, folder: Path, question: str = REQUEST, max_new_tokens: int = 4) -> None:
     opened = open_bundle(bundle)
     backend = open_backend(opened, 1)
     cases = []
     for seed in SEEDS:
-        session = Session(opened, backend, Sampling(max_new_tokens=4, seed=seed))
-        pieces = list(session.stream(REQUEST))
+        session = Session(opened, backend, Sampling(max_new_tokens=max_new_tokens, seed=seed))
+        pieces = list(session.stream(question))
         (drawn,) = [piece for piece in pieces if isinstance(piece, Drawn)]
         (folder / f"{seed}.rgb").write_bytes(drawn.picture.tobytes())
         height, width, _ = drawn.picture.shape
         cases.append(
             {
-                "question": REQUEST,
+                "question": question,
+                "max_new_tokens": max_new_tokens,
                 "seed": str(seed),
                 "height": height,
                 "width": width,

@@ -3,7 +3,7 @@ package org.mobilemm
 /** A picture as the vision part takes it: uint8 (3, height, width), and the hash of these pixels. */
 class Picture(val pixels: ByteArray, val key: String)
 
-/** What was said, with its pictures. */
+/** What was said, with the pictures that were shown; of one that was drawn, the text has the signal tokens. */
 class Said(val role: String, val text: String, val pictures: List<Picture> = emptyList())
 
 /**
@@ -51,7 +51,8 @@ abstract class Conversation(val sampling: Sampling, val system: String?) {
     fun reply(text: String) = stream(text) {}
 
     /**
-     * The answer to `text`; `onPiece` gets it as it comes, in pieces of whole characters that join to the answer.
+     * The answer to `text`; `onPiece` gets it as it comes, in pieces whose texts join to the answer. A picture that the
+     * model draws is a piece of its own, a [Drawn]; that one is begun is told by [Drawing].
      *
      * An answer that is stopped by [cancel] ends where it is; what was said by then is remembered, or, when nothing
      * was, the turn is forgotten. Raises [MobileMMError] when the conversation no longer fits into the model's
@@ -60,21 +61,23 @@ abstract class Conversation(val sampling: Sampling, val system: String?) {
      */
     fun stream(
         text: String,
-        onPiece: (String) -> Unit,
+        onPiece: (Piece) -> Unit,
     ): String {
         val turn = Said("user", text, waiting.toList())
         val answer = StringBuilder()
+        val memory = StringBuilder()
         try {
             answer(said + turn) { piece ->
-                answer.append(piece)
+                answer.append(piece.text)
+                memory.append(if (piece is Drawn) piece.signal else piece.text)
                 onPiece(piece)
             }
         } catch (_: Cancelled) {
-            if (answer.isEmpty()) return ""
+            if (memory.isEmpty()) return ""
         }
         waiting.clear()
         said += turn
-        said += Said("assistant", answer.toString())
+        said += Said("assistant", memory.toString())
         return answer.toString()
     }
 
@@ -86,6 +89,6 @@ abstract class Conversation(val sampling: Sampling, val system: String?) {
     /** The answer to the last of these messages, piece by piece. Raises [Cancelled] when it is stopped. */
     protected abstract fun answer(
         messages: List<Said>,
-        onPiece: (String) -> Unit,
+        onPiece: (Piece) -> Unit,
     )
 }

@@ -101,6 +101,23 @@ data class Prompt(
     val examples: List<RenderedExample>,
 )
 
+/**
+ * How a picture is drawn, in a bundle with the parts `output_projector` and `generator`.
+ *
+ * When the model says the first signal token, all of them are fed to it, whatever it would have said next. Their
+ * logits, of the vocabulary's first words only (as many as `signal_logits` has), go through `output_projector`;
+ * `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width) in [0, 1], is shown. The model
+ * goes on behind the last signal token.
+ */
+data class Generation(
+    val signalTokenIds: List<Int>,
+    val height: Int,
+    val width: Int,
+    val steps: Int,
+    /** Of the noise; its numbers are those of [Noise]. */
+    val noiseShape: List<Long>,
+)
+
 /** Vectors to check a part by, and the least signal-to-noise ratio in dB that it must come within. */
 data class Golden(val file: String, val part: String, val floorDb: Double)
 
@@ -128,8 +145,8 @@ data class Manifest(
     val parts: Map<String, Part>,
     val image: ImageRule?,
     val prompt: Prompt,
-    /** What a generator of pictures needs; null in bundles that do not draw. */
-    val generation: Map<String, Any?>?,
+    /** Null in bundles that do not draw. */
+    val generation: Generation?,
     val golden: List<Golden>,
     val conversations: List<GoldenConversation>,
     val benchmarks: List<Map<String, Any?>>,

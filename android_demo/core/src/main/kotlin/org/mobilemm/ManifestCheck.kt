@@ -7,6 +7,7 @@ internal fun checkAgreement(manifest: Manifest) {
     fileFaults(manifest)
     modelFaults(manifest)
     tokenFaults(manifest)
+    drawingFaults(manifest)
     if (manifest.target == "onnx") onnxFaults(manifest)
 }
 
@@ -152,6 +153,34 @@ private fun onnxFaults(manifest: Manifest) {
         }
         for (name in wanted) tensorFault("parts.decoder.$side", tensors, name, cache, FLOATS + "int8")
     }
+}
+
+/** Whether what draws is there, whole, and of one size throughout. */
+private fun drawingFaults(manifest: Manifest) {
+    val generation = manifest.generation ?: return
+    val projector = manifest.parts["output_projector"] ?: fault("generation" to "the part 'output_projector' is missing")
+    val generator = manifest.parts["generator"] ?: fault("generation" to "the part 'generator' is missing")
+    val signals = generation.signalTokenIds
+    if (signals.last() >= manifest.model.vocabSize || signals.indices.any { signals[it].toLong() != signals[0].toLong() + it }) {
+        fault("generation.signal_token_ids" to "must follow each other, inside the vocabulary")
+    }
+    if (generation.noiseShape.fold(1.0) { product, size -> product * size } > Noise.MOST) {
+        fault("generation.noise.shape" to "has more than ${Noise.MOST} numbers")
+    }
+    val known = (projector.inputs + projector.outputs).associate { it.name to it.shape }
+    val words = known["signal_logits"]?.lastOrNull() as? Long
+    if (words == null || words > manifest.model.vocabSize) {
+        fault("parts.output_projector.inputs" to "'signal_logits' must end in some of the vocabulary's words")
+    }
+    val condition = known["condition"].orEmpty().map { it as? Long }
+    if (condition.isEmpty() || null in condition) {
+        fault("parts.output_projector.outputs" to "'condition' must have a fixed shape")
+    }
+    tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", listOf(1, signals.size.toLong(), words))
+    tensorFault("parts.generator.inputs", generator.inputs, "condition", condition)
+    tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
+    val picture = listOf(1L, 3L, generation.height.toLong(), generation.width.toLong())
+    tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
 }
 
 /** The cache's tensors, layer by layer: `past_key_values.0.key`, `past_key_values.0.value`, … */

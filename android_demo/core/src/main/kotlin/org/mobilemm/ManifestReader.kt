@@ -215,7 +215,7 @@ private fun manifest(of: Fields): Manifest {
                 },
             image = of.nullableFields("image")?.let(::image),
             prompt = prompt(of.fields("prompt")),
-            generation = if (of.has("generation") && of.raw("generation") != null) of.map("generation") else null,
+            generation = of.optionalFields("generation")?.let(::generation),
             golden = of.list("golden") { value, key -> golden(fieldsOf(value, key)) },
             conversations = of.list("conversations") { value, key -> conversation(fieldsOf(value, key)) },
             benchmarks = if (of.has("benchmarks")) of.list("benchmarks") { value, key -> mapOf(value, key) } else emptyList(),
@@ -360,6 +360,22 @@ private fun example(of: Fields) =
         rendered = of.string("rendered"),
         inputIds = of.tokens("input_ids"),
     ).also { of.end() }
+
+private fun generation(of: Fields): Generation {
+    val noise = of.fields("noise")
+    noise.oneOf("rule", setOf(Noise.RULE))
+    val found =
+        Generation(
+            signalTokenIds = of.list("signal_token_ids", 1, 64) { value, key -> intOf(value, key, 0, Int.MAX_VALUE.toLong()).toInt() },
+            height = of.size("height"),
+            width = of.size("width"),
+            steps = of.size("steps"),
+            noiseShape = noise.list("shape", 1, 8) { value, key -> intOf(value, key, 1, SIZE) },
+        )
+    noise.end()
+    of.end()
+    return found
+}
 
 private fun golden(of: Fields) =
     Golden(file = of.path("file"), part = of.name("part"), floorDb = of.double("floor_db")).also { of.end() }

@@ -105,8 +105,11 @@ class PromptTokenizer(
         return ids
     }
 
-    /** The text of ids, without special tokens. */
-    fun decode(ids: List<Int>) = tokenizer.decode(ids)
+    /** The text of ids, `special` tokens left out or not. */
+    fun decode(
+        ids: List<Int>,
+        special: Boolean = false,
+    ) = tokenizer.decode(ids, special)
 
     private fun encode(
         text: String,

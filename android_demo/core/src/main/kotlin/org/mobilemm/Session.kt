@@ -18,6 +18,7 @@ class Stats(val promptTokens: Int) {
     var prefillSeconds = 0.0
     var decodeSeconds = 0.0
     var ttft = 0.0
+    var drawingSeconds = 0.0
     var decodeSteps = 0
 
     /** Tokens a second that were read. */
@@ -34,7 +35,8 @@ class Stats(val promptTokens: Int) {
  * what is said never depends on how the cache came about.
  *
  * @param backend what runs the bundle's parts; several sessions may share one.
- * @param keepVision false gives the vision part's memory back behind each question about a new picture.
+ * @param keepVision false gives the vision part's memory back behind each question about a new picture, and that of the
+ *   parts that draw behind each drawing.
  */
 class Session(
     val bundle: Bundle,
@@ -83,11 +85,11 @@ class Session(
         cached.clear()
     }
 
-    /** Gives back what can be computed again: the cache, pictures' features, the vision part. */
+    /** Gives back what can be computed again: the cache, pictures' features, the parts that see and draw. */
     fun release() {
         close()
         features.clear()
-        backend.release("vision")
+        for (part in SEES + DRAWS) backend.release(part)
     }
 
     /** As the vision part takes it. Raises [MobileMMError] when the bundle takes no pictures. */
@@ -101,7 +103,7 @@ class Session(
 
     override fun answer(
         messages: List<Said>,
-        onPiece: (String) -> Unit,
+        onPiece: (Piece) -> Unit,
     ) {
         backend.resume()
         val ids = tokenizer.encode(messages.map { Message(it.role, it.text, it.pictures.size) })
@@ -118,24 +120,45 @@ class Session(
         ids: List<Int>,
         pictures: List<Picture>,
         room: Int,
-        onPiece: (String) -> Unit,
+        onPiece: (Piece) -> Unit,
     ) {
         val stats = Stats(ids.size).also { this.stats = it }
         answered.clear()
-        load(pictures, stats)
+        val found = see(pictures, stats)
+        load(stats)
         val begun = System.nanoTime()
-        var logits = prefill(ids, pictures, stats)
+        var logits = prefill(ids, pictures, found, stats)
         val sampler = Sampler(sampling)
-        val text = TextStream(tokenizer::decode, manifest.prompt.stop)
+        var text = TextStream({ tokenizer.decode(it) }, manifest.prompt.stop)
+
+        fun say(words: String) {
+            if (words.isNotEmpty()) onPiece(Words(words))
+        }
         val seen = ArrayList(ids)
         var token = sampler.choose(logits, logitsSize, seen)
-        stats.ttft = secondsSince(begun)
+        stats.ttft = stats.imageSeconds + secondsSince(begun)
         val most = minOf(sampling.maxNewTokens, room)
+        val generation = manifest.generation
         while (token !in model.eosTokenIds) {
+            if (generation != null && token == generation.signalTokenIds[0]) {
+                say(text.end())
+                onPiece(Drawing)
+                val (drawn, behind) = draw(generation)
+                logits = behind
+                seen += generation.signalTokenIds
+                answered += generation.signalTokenIds
+                stats.newTokens += generation.signalTokenIds.size
+                stats.drawingSeconds += drawn.seconds
+                onPiece(drawn)
+                text = TextStream({ tokenizer.decode(it) }, manifest.prompt.stop)
+                if (stats.newTokens >= most) break
+                token = sampler.choose(logits, logitsSize, seen)
+                continue
+            }
             seen += token
             answered += token
             stats.newTokens++
-            text.put(token).let { if (it.isNotEmpty()) onPiece(it) }
+            say(text.put(token))
             if (text.stopped || stats.newTokens == most) break
             val step = System.nanoTime()
             logits = feed(listOf(token), null, textPosition())
@@ -143,32 +166,65 @@ class Session(
             stats.decodeSeconds += secondsSince(step)
             stats.decodeSteps++
         }
-        text.end().let { if (it.isNotEmpty()) onPiece(it) }
+        say(text.end())
     }
 
-    private fun load(
+    /** What the model draws at this place, and the logits (vocabulary) behind the signal tokens. */
+    private fun draw(generation: Generation): Pair<Drawn, FloatBuffer> {
+        val wanted = manifest.parts.getValue("output_projector").inputs.first { it.name == "signal_logits" }.shape
+        val signals = Tensor.of("float32", *wanted.map { it as Long }.toLongArray())
+        val rows = signals.floats()
+        val words = rows.capacity() / generation.signalTokenIds.size
+        lateinit var logits: FloatBuffer
+        for (id in generation.signalTokenIds) {
+            logits = feed(listOf(id), null, textPosition())
+            val row = logits.duplicate()
+            row.limit(words)
+            rows.put(row)
+        }
+        val begun = System.nanoTime()
+        val seed = chooseSeed(sampling.seed)
+        val condition = backend.run("output_projector", mapOf("signal_logits" to signals))
+        val picture = backend.run("generator", condition + ("noise" to Noise.normal(seed, generation.noiseShape)))["picture"]
+        if (picture?.dtype != "float32" || picture.count != 3L * generation.height * generation.width) {
+            throw MobileMMError("${bundle.partFile("generator")}: gives no picture that can be shown; ${ManifestReader.AGAIN}")
+        }
+        if (!keepVision) DRAWS.forEach(backend::release)
+        val shown = toRaster(picture.floats(), generation.width, generation.height)
+        return Drawn(shown, seed, tokenizer.decode(generation.signalTokenIds, special = true), secondsSince(begun)) to logits
+    }
+
+    /** Each picture's features. Before the decoder is loaded, so that memory need not hold both. */
+    private fun see(
         pictures: List<Picture>,
         stats: Stats,
-    ) {
+    ): List<Tensor> {
         val begun = System.nanoTime()
         if (pictures.any { it.key !in features }) backend.load("vision")
+        val loaded = System.nanoTime()
+        val found = pictures.map(::look)
+        if (!keepVision) SEES.forEach(backend::release)
+        stats.loadSeconds = (loaded - begun) / 1e9
+        stats.imageSeconds = secondsSince(loaded)
+        return found
+    }
+
+    private fun load(stats: Stats) {
+        val begun = System.nanoTime()
         backend.load("embed")
         if (decoder == null) decoder = backend.decoder()
-        stats.loadSeconds = secondsSince(begun)
+        stats.loadSeconds += secondsSince(begun)
     }
 
     /** Logits (vocabulary) behind the prompt, of which only what the cache lacks is run. */
     private fun prefill(
         ids: List<Int>,
         pictures: List<Picture>,
+        found: List<Tensor>,
         stats: Stats,
     ): FloatBuffer {
         val decoder = decoder!!
-        var begun = System.nanoTime()
-        val found = pictures.map(::look)
-        if (!keepVision) backend.release("vision")
-        stats.imageSeconds = secondsSince(begun)
-        begun = System.nanoTime()
+        val begun = System.nanoTime()
         cut(decoder.length)
         val keys = pictures.map { it.key }
         val start = minOf(common(ids, keys), ids.size - 1)
@@ -260,6 +316,8 @@ class Session(
 
     private companion object {
         const val MAX_FEATURES = 16
+        val SEES = listOf("vision")
+        val DRAWS = listOf("output_projector", "generator")
     }
 }
 

@@ -49,9 +49,12 @@ class Tokenizer private constructor(private val json: Map<String, Any?>, private
         return ids
     }
 
-    /** The text of ids, special tokens left out, and ids that stand for nothing. */
-    fun decode(ids: List<Int>): String {
-        var words = ids.mapNotNull { id -> tokens[id]?.takeUnless { it in added.special } }
+    /** The text of ids, `special` tokens left out or not; ids that stand for nothing always are. */
+    fun decode(
+        ids: List<Int>,
+        special: Boolean = false,
+    ): String {
+        var words = ids.mapNotNull { id -> tokens[id]?.takeUnless { !special && it in added.special } }
         if (decoders.isEmpty()) return words.joinToString(" ")
         for (decode in decoders) words = decode(words)
         return words.joinToString("")

@@ -16,7 +16,7 @@ class SessionTest {
                 session.reset()
                 session.lookAt(picture(case.text("image")))
                 val pieces = StringBuilder()
-                val text = session.stream(case.text("question")) { pieces.append(it) }
+                val text = session.stream(case.text("question")) { pieces.append(it.text) }
                 assertEquals(case.text("name"), case.ints("ids"), session.answerIds)
                 assertEquals(case.text("text"), text)
                 assertEquals(text, pieces.toString())

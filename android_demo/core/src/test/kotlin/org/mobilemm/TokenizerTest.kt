@@ -17,7 +17,7 @@ class TokenizerTest {
             assertEquals(shown(text, 500), case.ints("ids"), tokenizer.encode(text, special = name == "llama3"))
             val said = case.ints("said")
             assertEquals(said.toString(), case.text("decoded"), tokenizer.decode(said))
-            val stream = TextStream(tokenizer::decode, case.texts("stop"))
+            val stream = TextStream({ tokenizer.decode(it) }, case.texts("stop"))
             val pieces = said.map(stream::put) + stream.end()
             assertEquals(said.toString(), case.texts("pieces"), pieces)
         }

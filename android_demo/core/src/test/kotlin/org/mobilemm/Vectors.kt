@@ -10,6 +10,9 @@ object Vectors {
     val folder = File(System.getProperty("mobilemm.vectors") ?: error("-Dmobilemm.vectors=FOLDER is missing"))
     val bundleFolder = File(System.getProperty("mobilemm.bundle") ?: error("-Dmobilemm.bundle=FOLDER is missing"))
 
+    /** A tiny bundle that draws, and what Python draws with it (`python -m tests.ios.drawing`). */
+    val drawingFolder = File(System.getProperty("mobilemm.drawing") ?: error("-Dmobilemm.drawing=FOLDER is missing"))
+
     /** Opened and checked once; what runs it, on one thread as Python had it. */
     val bundle: Bundle by lazy { Bundle.open(bundleFolder) }
     val backend: Backend by lazy { Backend.open(bundle, threads = 1) }
