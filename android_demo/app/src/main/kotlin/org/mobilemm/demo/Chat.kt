@@ -6,6 +6,8 @@ import android.os.Handler
 import android.os.Looper
 import org.mobilemm.Backend
 import org.mobilemm.Bundle
+import org.mobilemm.Drawing
+import org.mobilemm.Drawn
 import org.mobilemm.Json
 import org.mobilemm.JsonError
 import org.mobilemm.MobileMMError
@@ -19,8 +21,42 @@ import java.io.IOException
 import java.util.UUID
 import java.util.concurrent.Executors
 
+/**
+ * A picture that the model has drawn: a file of the conversation's folder.
+ *
+ * @property at where in the answer's text it stands.
+ * @property asked what was said to get it, for those who do not see it.
+ * @property signal what the model said at this place.
+ */
+data class ChatDrawing(val file: String, val at: Int, val seed: String, val asked: String, val signal: String)
+
 /** One thing said, as it is shown and kept: `pictures` are files of the conversation's folder. */
-data class ChatMessage(val role: String, val text: String, val pictures: List<String> = emptyList())
+data class ChatMessage(
+    val role: String,
+    val text: String,
+    val pictures: List<String> = emptyList(),
+    val drawings: List<ChatDrawing> = emptyList(),
+) {
+    val isEmpty get() = text.isEmpty() && drawings.isEmpty()
+
+    /** What the model knows of it. */
+    val memory get() = drawings.foldRight(text) { drawing, text -> StringBuilder(text).insert(drawing.at, drawing.signal).toString() }
+
+    /** What is shown one below the other: words, and each picture by itself. */
+    val lines: List<ChatMessage>
+        get() {
+            if (drawings.isEmpty()) return listOf(this)
+            val found = ArrayList<ChatMessage>()
+            var from = 0
+            for (drawing in drawings) {
+                if (drawing.at > from) found += ChatMessage(role, text.substring(from, drawing.at))
+                found += ChatMessage(role, "", drawings = listOf(drawing))
+                from = drawing.at
+            }
+            if (from < text.length) found += ChatMessage(role, text.substring(from))
+            return found
+        }
+}
 
 /** What the conversation does at the moment, for the line below it. */
 sealed interface Phase {
@@ -40,8 +76,7 @@ sealed interface Phase {
  * The one conversation of the app, which outlives its screens: it goes on while one is rotated, and is kept on disk
  * for when the system ends the process.
  *
- * All that the model does happens on one thread of its own; listeners hear of it on the main one. What a bundle can
- * do further, drawing for one, has its place beside [answer].
+ * All that the model does happens on one thread of its own; listeners hear of it on the main one.
  */
 class Chat(private val context: Context, private val models: Models) {
     private val worker = Executors.newSingleThreadExecutor { Thread(it, "model") }
@@ -87,7 +122,7 @@ class Chat(private val context: Context, private val models: Models) {
     fun pictureFile(name: String) = File(folder, name)
 
     /** A place for a picture that is about to come. */
-    fun newPictureFile() = File(folder, "${UUID.randomUUID()}.picture")
+    fun newPictureFile() = File(folder, "${UUID.randomUUID()}$PICTURE")
 
     /** A picture that lies in [newPictureFile] goes with the next question. */
     fun show(picture: File) {
@@ -141,8 +176,9 @@ class Chat(private val context: Context, private val models: Models) {
         changed()
         inBackground {
             session?.reset()
-            val kept = (messages.flatMap { it.pictures } + pending).toSet()
-            folder.listFiles()?.filter { it.name.endsWith(".picture") && it.name !in kept }?.forEach { it.delete() }
+            val kept = (messages.flatMap { message -> message.pictures + message.drawings.map { it.file } } + pending).toSet()
+            val pictures = folder.listFiles()?.filter { it.name.endsWith(PICTURE) || it.name.endsWith(DRAWING) }
+            pictures?.filter { it.name !in kept }?.forEach { it.delete() }
             idle()
         }
     }
@@ -231,29 +267,34 @@ class Chat(private val context: Context, private val models: Models) {
         val session = session!!
         // After another model, a restart or a failure, the session does not know what was said.
         val known = session.messages.filter { it.role != "system" }.map { it.role to it.text }
-        if (known != before.map { it.role to it.text } || session.pending.isNotEmpty()) {
+        if (known != before.map { it.role to it.memory } || session.pending.isNotEmpty()) {
             session.reset()
             val said = before.map { message -> message to message.pictures.map { Pictures.decode(pictureFile(it)) } }
             session.restore(
-                said.map { (message, rasters) -> Said(message.role, message.text, rasters.map(session::picture)) },
+                said.map { (message, rasters) -> Said(message.role, message.memory, rasters.map(session::picture)) },
             )
         }
         for (picture in question.pictures) session.lookAt(Pictures.decode(pictureFile(picture)))
         post { phase = Phase.Busy(R.string.reading) }
-        var text = ""
+        var answer = ChatMessage("assistant", "")
         running = backend
         try {
             if (stopping) throw MobileMMError(context.getString(R.string.stopped))
             session.stream(question.text) { piece ->
-                text += piece
                 // A stop that came before the session had begun.
                 if (stopping) running?.cancel()
-                val soFar = text
+                if (piece is Drawing) {
+                    post { phase = Phase.Busy(R.string.drawing) }
+                    return@stream
+                }
+                answer = answer.copy(text = answer.text + piece.text)
+                if (piece is Drawn) answer = answer.copy(drawings = answer.drawings + kept(piece, answer.text.length, question.text))
+                val soFar = answer
                 val stats = session.stats!!
                 val tokens = stats.newTokens
                 val rate = stats.decodeRate
                 post {
-                    messages = messages.dropLast(1) + ChatMessage("assistant", soFar)
+                    messages = messages.dropLast(1) + soFar
                     phase = Phase.Answering(tokens, rate)
                 }
             }
@@ -261,7 +302,7 @@ class Chat(private val context: Context, private val models: Models) {
             running = null
         }
         val stats = session.stats!!
-        val nothing = text.isEmpty() && stopping
+        val nothing = answer.isEmpty && stopping
         post {
             if (nothing) {
                 messages = before
@@ -270,6 +311,21 @@ class Chat(private val context: Context, private val models: Models) {
             keep()
             phase = Phase.Answered(stats, stopping)
         }
+    }
+
+    private fun kept(
+        drawn: Drawn,
+        at: Int,
+        asked: String,
+    ): ChatDrawing {
+        val file = File(folder, "${UUID.randomUUID()}$DRAWING")
+        try {
+            Pictures.write(drawn.picture, file)
+        } catch (error: IOException) {
+            file.delete()
+            throw MobileMMError("the drawing cannot be kept: is there free space?", error)
+        }
+        return ChatDrawing(file.name, at, drawn.seed.toString(), asked, drawn.signal)
     }
 
     private fun close() {
@@ -315,10 +371,26 @@ class Chat(private val context: Context, private val models: Models) {
 
     /** Writes the conversation, whole or not at all; also called by screens that are about to be gone. */
     fun keep() {
-        fun of(message: ChatMessage) = mapOf("role" to message.role, "text" to message.text, "pictures" to message.pictures)
+        fun of(drawing: ChatDrawing) =
+            mapOf(
+                "file" to drawing.file,
+                "at" to drawing.at,
+                "seed" to drawing.seed,
+                "asked" to drawing.asked,
+                "signal" to drawing.signal,
+            )
+
+        fun of(message: ChatMessage) =
+            mapOf(
+                "role" to message.role,
+                "text" to message.text,
+                "pictures" to message.pictures,
+                "drawings" to message.drawings.map(::of),
+            )
         // An answer that is just being given counts as far as it is; an empty one does not.
-        val said = if (messages.lastOrNull()?.text == "") messages.dropLast(2) else messages
-        val asked = if (messages.lastOrNull()?.text == "") messages[messages.size - 2].pictures else emptyList()
+        val isWaiting = messages.lastOrNull()?.isEmpty == true
+        val said = if (isWaiting) messages.dropLast(2) else messages
+        val asked = if (isWaiting) messages[messages.size - 2].pictures else emptyList()
         val draft = File(folder, "conversation.json.part")
         try {
             draft.writeText(Json.write(mapOf("messages" to said.map(::of), "pending" to (pending + asked))))
@@ -334,7 +406,8 @@ class Chat(private val context: Context, private val models: Models) {
             messages =
                 (kept["messages"] as List<*>).map { value ->
                     val message = value as Map<*, *>
-                    ChatMessage(message["role"] as String, message["text"] as String, there(message["pictures"]))
+                    val text = message["text"] as String
+                    ChatMessage(message["role"] as String, text, there(message["pictures"]), drawn(message["drawings"], text))
                 }
             pending = there(kept["pending"])
         } catch (_: IOException) {
@@ -345,7 +418,25 @@ class Chat(private val context: Context, private val models: Models) {
 
     private fun there(names: Any?) = (names as List<*>).map { it as String }.filter { pictureFile(it).isFile }
 
-    private companion object {
-        const val LONGEST_ANSWER = 512
+    /** Earlier versions of the app kept none. */
+    private fun drawn(
+        kept: Any?,
+        text: String,
+    ) = (kept as List<*>?).orEmpty().map { value ->
+        val drawing = value as Map<*, *>
+        ChatDrawing(
+            drawing["file"] as String,
+            (drawing["at"] as Long).toInt().coerceIn(0, text.length),
+            drawing["seed"] as String,
+            drawing["asked"] as String,
+            drawing["signal"] as String,
+        )
+    }.filter { pictureFile(it.file).isFile }
+
+    companion object {
+        /** How names end: of pictures that are shown, of those that are drawn. */
+        const val PICTURE = ".picture"
+        const val DRAWING = ".png"
+        private const val LONGEST_ANSWER = 512
     }
 }

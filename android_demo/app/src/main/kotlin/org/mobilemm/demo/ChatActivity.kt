@@ -1,15 +1,19 @@
 package org.mobilemm.demo
 
+import android.annotation.TargetApi
 import android.app.Activity
+import android.app.AlertDialog
 import android.content.ActivityNotFoundException
 import android.content.Intent
 import android.net.Uri
+import android.os.Build
 import android.os.Bundle
 import android.provider.MediaStore
 import android.view.Gravity
 import android.view.Menu
 import android.view.MenuItem
 import android.view.View
+import android.view.accessibility.AccessibilityNodeInfo
 import android.view.inputmethod.EditorInfo
 import android.widget.EditText
 import android.widget.ImageButton
@@ -88,7 +92,7 @@ open class ChatActivity : Activity() {
 
     private fun takePicture() {
         val file = chat.newPictureFile()
-        val uri = CameraProvider.offer(this, file)
+        val uri = PictureProvider.offer(this, file)
         val intent =
             Intent(MediaStore.ACTION_IMAGE_CAPTURE)
                 .putExtra(MediaStore.EXTRA_OUTPUT, uri)
@@ -157,13 +161,14 @@ open class ChatActivity : Activity() {
     private fun show() {
         actionBar?.subtitle = app.models.chosen
         val list = findViewById<LinearLayout>(R.id.messages)
-        val shown = if (chat.messages.isEmpty()) listOf(ChatMessage("", getString(R.string.welcome))) else chat.messages
+        val welcome = listOf(ChatMessage("", getString(R.string.welcome)))
+        val shown = if (chat.messages.isEmpty()) welcome else chat.messages.flatMap { it.lines }
         for ((index, message) in shown.withIndex()) {
             val row = list.getChildAt(index)
             if (row?.tag == message) continue
             // An answer that grows keeps its view, so that a reader's place in it stays.
             val old = row?.tag as? ChatMessage
-            if (old != null && old.role == message.role && old.pictures == message.pictures) {
+            if (old != null && old.role == message.role && old.pictures == message.pictures && old.drawings == message.drawings) {
                 row.tag = message
                 fill(row.findViewById(R.id.text), message)
             } else {
@@ -187,7 +192,13 @@ open class ChatActivity : Activity() {
             is Phase.Busy -> getString(phase.text)
             is Phase.Answering -> getString(R.string.answering, phase.rate)
             is Phase.Answered -> {
-                val figures = getString(R.string.answered, phase.stats.decodeRate, phase.stats.ttft, phase.stats.newTokens)
+                val stats = phase.stats
+                val figures =
+                    if (stats.drawingSeconds > 0) {
+                        getString(R.string.answered_drawing, stats.drawingSeconds, stats.ttft, stats.newTokens)
+                    } else {
+                        getString(R.string.answered, stats.decodeRate, stats.ttft, stats.newTokens)
+                    }
                 if (phase.stopped) "${getString(R.string.stopped)} · $figures" else figures
             }
             is Phase.Failed -> phase.message
@@ -199,6 +210,7 @@ open class ChatActivity : Activity() {
         row.gravity = if (message.role == "user") Gravity.END else Gravity.START
         val pictures = row.findViewById<LinearLayout>(R.id.pictures)
         for (name in message.pictures) pictures.addView(picture(name, PICTURE))
+        for (drawing in message.drawings) pictures.addView(drawing(drawing))
         fill(row.findViewById(R.id.text), message)
         return row
     }
@@ -208,7 +220,8 @@ open class ChatActivity : Activity() {
         message: ChatMessage,
     ) {
         view.text = message.text
-        view.visibility = if (message.text.isEmpty()) View.GONE else View.VISIBLE
+        view.visibility = if (message.isEmpty) View.GONE else View.VISIBLE
+        message.drawings.firstOrNull()?.let { return caption(view, it) }
         when (message.role) {
             "user" -> {
                 view.setBackgroundResource(R.drawable.question)
@@ -220,6 +233,67 @@ open class ChatActivity : Activity() {
             }
             else -> view.background = null
         }
+    }
+
+    private fun caption(
+        view: TextView,
+        drawing: ChatDrawing,
+    ) {
+        view.text = getString(R.string.seed, drawing.seed)
+        view.textSize = CAPTION
+        view.setTextColor(getColor(R.color.soft_text))
+        view.setPadding(0, 0, 0, 0)
+    }
+
+    private fun drawing(drawing: ChatDrawing): ImageView {
+        val view = picture(drawing.file, PICTURE)
+        // A small one is shown as large as others.
+        val pixels = view.maxWidth
+        view.layoutParams = LinearLayout.LayoutParams(pixels, pixels)
+        view.scaleType = ImageView.ScaleType.FIT_START
+        view.contentDescription = getString(R.string.drawn, drawing.asked, drawing.seed)
+        view.setOnClickListener { offer(drawing) }
+        val label = AccessibilityNodeInfo.AccessibilityAction(AccessibilityNodeInfo.ACTION_CLICK, getString(R.string.save_or_share))
+        view.accessibilityDelegate =
+            object : View.AccessibilityDelegate() {
+                override fun onInitializeAccessibilityNodeInfo(
+                    host: View,
+                    info: AccessibilityNodeInfo,
+                ) {
+                    super.onInitializeAccessibilityNodeInfo(host, info)
+                    info.addAction(label)
+                }
+            }
+        return view
+    }
+
+    /** What can be done with a drawing. Into the gallery without a permission: since Android 10. */
+    private fun offer(drawing: ChatDrawing) {
+        val actions = ArrayList<Pair<Int, () -> Unit>>()
+        if (Build.VERSION.SDK_INT >= Build.VERSION_CODES.Q) actions += R.string.save_picture to { save(drawing) }
+        actions += R.string.share_picture to { share(drawing) }
+        AlertDialog.Builder(this)
+            .setTitle(getString(R.string.seed, drawing.seed))
+            .setItems(actions.map { getString(it.first) }.toTypedArray()) { _, index -> actions[index].second() }
+            .show()
+    }
+
+    @TargetApi(Build.VERSION_CODES.Q)
+    private fun save(drawing: ChatDrawing) {
+        val told =
+            try {
+                Pictures.addToGallery(contentResolver, chat.pictureFile(drawing.file), "mobilemm-${drawing.seed}.png")
+                R.string.saved
+            } catch (_: IOException) {
+                R.string.save_failed
+            }
+        Toast.makeText(this, told, Toast.LENGTH_LONG).show()
+    }
+
+    private fun share(drawing: ChatDrawing) {
+        val uri = PictureProvider.offer(this, chat.pictureFile(drawing.file))
+        val intent = Intent(Intent.ACTION_SEND).setType("image/png").putExtra(Intent.EXTRA_STREAM, uri)
+        startActivity(Intent.createChooser(intent.addFlags(Intent.FLAG_GRANT_READ_URI_PERMISSION), null))
     }
 
     private fun picture(
@@ -260,5 +334,6 @@ open class ChatActivity : Activity() {
         private const val THUMBNAIL = 64
         private const val PICTURE = 220
         private const val PENDING = 72
+        private const val CAPTION = 13f
     }
 }

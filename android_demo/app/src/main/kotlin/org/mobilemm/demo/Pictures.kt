@@ -1,15 +1,21 @@
 package org.mobilemm.demo
 
+import android.annotation.TargetApi
+import android.content.ContentResolver
+import android.content.ContentValues
 import android.graphics.Bitmap
 import android.graphics.BitmapFactory
 import android.graphics.Matrix
+import android.os.Build
+import android.os.Environment
+import android.provider.MediaStore
 import org.mobilemm.MobileMMError
 import org.mobilemm.Orientation
 import org.mobilemm.Raster
 import java.io.File
 import java.io.IOException
 
-/** Encoded pictures → upright pixels, by the system's decoder. */
+/** Encoded pictures → upright pixels, by the system's decoder; and back. */
 object Pictures {
     /** The longest side that is decoded: a phone's memory is no place for 100 megapixels. */
     private const val LONGEST = 4096
@@ -39,6 +45,45 @@ object Pictures {
         } catch (_: IOException) {
             null
         }
+
+    /** As a PNG file. Raises [IOException]. */
+    fun write(
+        picture: Raster,
+        file: File,
+    ) {
+        val bitmap = Bitmap.createBitmap(picture.width, picture.height, Bitmap.Config.ARGB_8888)
+        val row = IntArray(picture.width)
+        for (y in 0 until picture.height) {
+            picture.row(y, row)
+            bitmap.setPixels(row, 0, picture.width, 0, y, picture.width, 1)
+        }
+        file.outputStream().use { if (!bitmap.compress(Bitmap.CompressFormat.PNG, 100, it)) throw IOException("no PNG") }
+    }
+
+    /** A picture of [write] for the gallery's apps, which need no permission for it since Android 10. Raises [IOException]. */
+    @TargetApi(Build.VERSION_CODES.Q)
+    fun addToGallery(
+        resolver: ContentResolver,
+        file: File,
+        name: String,
+    ) {
+        val values = ContentValues()
+        values.put(MediaStore.Images.Media.DISPLAY_NAME, name)
+        values.put(MediaStore.Images.Media.MIME_TYPE, "image/png")
+        values.put(MediaStore.Images.Media.RELATIVE_PATH, "${Environment.DIRECTORY_PICTURES}/mobilemm")
+        // Not shown before it is whole.
+        values.put(MediaStore.Images.Media.IS_PENDING, 1)
+        val gallery = MediaStore.Images.Media.getContentUri(MediaStore.VOLUME_EXTERNAL_PRIMARY)
+        val uri = resolver.insert(gallery, values) ?: throw IOException("no gallery")
+        try {
+            val stream = resolver.openOutputStream(uri) ?: throw IOException("no place")
+            stream.use { to -> file.inputStream().use { it.copyTo(to) } }
+            resolver.update(uri, ContentValues().apply { put(MediaStore.Images.Media.IS_PENDING, 0) }, null, null)
+        } catch (error: IOException) {
+            resolver.delete(uri, null, null)
+            throw error
+        }
+    }
 
     private fun bitmap(
         encoded: ByteArray,

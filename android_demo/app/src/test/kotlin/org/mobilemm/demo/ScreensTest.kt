@@ -3,6 +3,8 @@ package org.mobilemm.demo
 import android.app.Activity
 import android.app.AlertDialog
 import android.content.ComponentCallbacks2
+import android.content.ContentProvider
+import android.content.ContentValues
 import android.content.Context
 import android.content.Intent
 import android.content.res.Configuration
@@ -11,6 +13,7 @@ import android.graphics.Canvas
 import android.net.Uri
 import android.os.BatteryManager
 import android.os.Looper
+import android.provider.MediaStore
 import android.view.View
 import android.view.ViewGroup
 import android.widget.Button
@@ -20,6 +23,7 @@ import android.widget.ImageView
 import android.widget.LinearLayout
 import android.widget.TextView
 import org.junit.After
+import org.junit.Assert.assertArrayEquals
 import org.junit.Assert.assertEquals
 import org.junit.Assert.assertFalse
 import org.junit.Assert.assertNotNull
@@ -349,18 +353,142 @@ class ScreensTest {
         val intent = shadowOf(activity).nextStartedActivity
         @Suppress("DEPRECATION")
         val uri = intent.getParcelableExtra<Uri>(android.provider.MediaStore.EXTRA_OUTPUT)!!
-        val provider = Robolectric.buildContentProvider(CameraProvider::class.java).create("org.mobilemm.demo.camera").get()
+        val provider = Robolectric.buildContentProvider(PictureProvider::class.java).create("org.mobilemm.demo.pictures").get()
         provider.openFile(uri, "w").use { opened ->
             java.io.FileOutputStream(opened.fileDescriptor).use { it.write(File(vectors, "pictures/1.png").readBytes()) }
         }
         activity.onActivityResult(ChatActivity.TAKE, Activity.RESULT_OK, null)
         assertEquals(1, app.chat.pending.size)
         for (name in listOf("../conversation.json", "conversation.json", "..%2Fx.picture")) {
-            val outside = Uri.parse("content://org.mobilemm.demo.camera/$name")
+            val outside = Uri.parse("content://org.mobilemm.demo.pictures/$name")
             assertTrue(name, runCatching { provider.openFile(outside, "r") }.exceptionOrNull() is java.io.FileNotFoundException)
         }
         activity.findViewById<LinearLayout>(R.id.pending).getChildAt(0).performClick()
         assertEquals(0, app.chat.pending.size)
+    }
+
+    // --- drawing -------------------------------------------------------------------------------------------
+
+    /** What draws: the default model where it does, else the tiny one; with its request, and Python's answer to it. */
+    private fun drawer(): Map<*, *> {
+        val default = File(vectors, "drawings")
+        val tiny = File(System.getProperty("mobilemm.drawing")!!)
+        if (!default.isDirectory) {
+            File(tiny, "drawer-onnx").copyRecursively(File(folder, "drawer"))
+            app.models.chosen = "drawer"
+        }
+        return (Json.parse(File(if (default.isDirectory) default else tiny, "drawings.json").readBytes()) as List<*>)[0] as Map<*, *>
+    }
+
+    private fun Activity.drawings() = views(window.decorView).filterIsInstance<ImageView>().filter { "Seed" in (it.contentDescription ?: "") }
+
+    /** The tiny model goes on with one drawing after the other; a real one ends by itself. */
+    private fun stopBehindADrawing() {
+        if (app.models.chosen == "drawer") app.chat.listen { if (app.chat.messages.let { it.size == 2 && it[1].drawings.isNotEmpty() }) app.chat.stop() }
+    }
+
+    private fun offered(view: View): AlertDialog {
+        view.performClick()
+        return ShadowAlertDialog.getLatestDialog() as AlertDialog
+    }
+
+    @Test fun `what is asked for is drawn, and can be saved and shared`() {
+        val request = drawer()["question"] as String
+        val controller = chat()
+        var activity = controller.get()
+        val states = LinkedHashSet<String>()
+        app.chat.listen { states += activity.status() }
+        stopBehindADrawing()
+        activity.ask(request)
+        until("the drawing") { app.chat.phase is Phase.Answered }
+        assertTrue("$states", app.getString(R.string.drawing) in states)
+        assertTrue(activity.status(), "drawn in " in activity.status())
+        val drawing = app.chat.messages[1].drawings[0]
+        assertTrue(activity.texts().toString(), app.getString(R.string.seed, drawing.seed) in activity.texts())
+        assertFalse(activity.texts().any { "[IMG" in it })
+        val view = activity.drawings()[0]
+        assertEquals(app.getString(R.string.drawn, request, drawing.seed), view.contentDescription)
+        val labels = view.createAccessibilityNodeInfo().actionList.mapNotNull { it.label }
+        assertTrue("$labels", app.getString(R.string.save_or_share) in labels)
+        assertTrue(view.isClickable && view.width == view.height && view.width > 200)
+        capture(activity, "drawing")
+
+        val file = app.chat.pictureFile(drawing.file)
+        val gallery = Robolectric.buildContentProvider(Gallery::class.java).create(MediaStore.AUTHORITY).get()
+        val saved = ByteArrayOutputStream()
+        shadowOf(app.contentResolver).registerOutputStream(Gallery.PLACE, saved)
+        shadowOf(offered(view)).clickOnItem(0)
+        assertEquals(app.getString(R.string.saved), ShadowToast.getTextOfLatestToast())
+        assertArrayEquals(file.readBytes(), saved.toByteArray())
+        assertEquals("mobilemm-${drawing.seed}.png", gallery.values.getAsString(MediaStore.Images.Media.DISPLAY_NAME))
+        assertEquals(0, gallery.values.getAsInteger(MediaStore.Images.Media.IS_PENDING))
+        shadowOf(offered(view)).clickOnItem(1)
+        @Suppress("DEPRECATION")
+        val sent = shadowOf(activity).nextStartedActivity.getParcelableExtra<Intent>(Intent.EXTRA_INTENT)!!
+        assertEquals("image/png", sent.type)
+        @Suppress("DEPRECATION")
+        val uri = sent.getParcelableExtra<Uri>(Intent.EXTRA_STREAM)!!
+        val provider = Robolectric.buildContentProvider(PictureProvider::class.java).create("org.mobilemm.demo.pictures").get()
+        assertEquals("image/png", provider.getType(uri))
+        val read = provider.openFile(uri, "r").use { java.io.FileInputStream(it.fileDescriptor).readBytes() }
+        assertArrayEquals(file.readBytes(), read)
+
+        val turned = Configuration(activity.resources.configuration)
+        turned.orientation = Configuration.ORIENTATION_LANDSCAPE
+        RuntimeEnvironment.setQualifiers("+land")
+        controller.configurationChange(turned).visible()
+        activity = controller.get()
+        assertEquals(app.chat.messages[1].drawings.size, activity.drawings().size)
+    }
+
+    @Suppress("DEPRECATION")
+    @Test fun `a drawing survives the process, and what is said after it is as if it had never ended`() {
+        val request = drawer()["question"] as String
+        val controller = chat()
+        val activity = controller.get()
+        stopBehindADrawing()
+        activity.ask(request)
+        until("the drawing") { app.chat.phase is Phase.Answered }
+        val kept = app.chat.messages
+        controller.pause().stop()
+        val again = Chat(app, app.models)
+        assertEquals(kept, again.messages)
+        assertTrue(again.messages[1].drawings.isNotEmpty())
+        assertTrue("[IMG0]" in again.messages[1].memory)
+        for (chat in listOf(app.chat, again)) {
+            chat.listen { if (chat.messages.size == 4 && chat.messages[3].drawings.size == 2) chat.stop() }
+            chat.ask("What")
+            until("the next answer") { chat.phase is Phase.Answered && chat.messages.size == 4 }
+        }
+        fun said(chat: Chat) = chat.messages[3].memory.substringBefore("[IMG2][")
+        assertEquals(said(app.chat), said(again))
+        again.clear()
+        until("all is forgotten") { app.filesDir.resolve("conversation").list()!!.none { it.endsWith(Chat.DRAWING) } }
+        again.alone {}
+    }
+
+    @Test fun `a stop while it draws leaves what was said`() {
+        val request = drawer()["question"] as String
+        val activity = chat().get()
+        app.chat.listen { if (app.chat.phase == Phase.Busy(R.string.drawing)) app.chat.stop() }
+        activity.ask(request)
+        until("the end") { app.chat.phase is Phase.Answered }
+        val phase = app.chat.phase as Phase.Answered
+        assertTrue(phase.stopped)
+        // The tiny model may have drawn before the stop came; nothing is left half.
+        for (drawing in app.chat.messages.flatMap { it.drawings }) assertNotNull(Pictures.thumbnail(app.chat.pictureFile(drawing.file), 64))
+        assertFalse(app.chat.isBusy)
+    }
+
+    @Test fun `an answer with drawings is shown in its order, and remembered in it`() {
+        fun drawing(
+            at: Int,
+            seed: String,
+        ) = ChatDrawing("$seed.png", at, seed, "draw", "[$seed]")
+        val message = ChatMessage("assistant", "one two", drawings = listOf(drawing(0, "a"), drawing(3, "b"), drawing(3, "c"), drawing(7, "d")))
+        assertEquals("[a]one[b][c] two[d]", message.memory)
+        val shown = message.lines.map { line -> line.text + line.drawings.joinToString { it.seed } }
+        assertEquals(listOf("a", "one", "b", "c", " two", "d"), shown)
     }
 
     @Test fun `what is no picture is told`() {
@@ -396,6 +524,45 @@ class ScreensTest {
 
     private fun views(view: View): List<View> =
         listOf(view) + ((view as? ViewGroup)?.let { group -> (0 until group.childCount).flatMap { views(group.getChildAt(it)) } } ?: emptyList())
+}
+
+/** The system's gallery, which has one place, and what is said of the picture there. */
+class Gallery : ContentProvider() {
+    val values = ContentValues()
+
+    override fun onCreate() = true
+
+    override fun insert(
+        uri: Uri,
+        values: ContentValues?,
+    ) = PLACE.also { this.values.putAll(values) }
+
+    override fun update(
+        uri: Uri,
+        values: ContentValues?,
+        selection: String?,
+        selectionArgs: Array<String>?,
+    ) = 1.also { this.values.putAll(values) }
+
+    override fun query(
+        uri: Uri,
+        projection: Array<String>?,
+        selection: String?,
+        selectionArgs: Array<String>?,
+        sortOrder: String?,
+    ) = null
+
+    override fun delete(
+        uri: Uri,
+        selection: String?,
+        selectionArgs: Array<String>?,
+    ) = 0
+
+    override fun getType(uri: Uri) = "image/png"
+
+    companion object {
+        val PLACE: Uri = Uri.parse("content://media/external_primary/images/media/1")
+    }
 }
 
 /** A phone of the common kind. */

@@ -12,11 +12,12 @@ import java.io.File
 import java.io.FileNotFoundException
 
 /**
- * Lets the camera's app write a picture into the conversation's folder: the one that its grant names.
+ * Lets the camera's app write a picture into the conversation's folder, and another app read one that was drawn: the
+ * one that its grant names.
  *
- * It needs no memory of what was asked for, because the system may end this process while the camera is open.
+ * It needs no memory of what was asked for, because the system may end this process while the other app is open.
  */
-class CameraProvider : ContentProvider() {
+class PictureProvider : ContentProvider() {
     override fun onCreate() = true
 
     override fun openFile(
@@ -27,7 +28,7 @@ class CameraProvider : ContentProvider() {
         return ParcelFileDescriptor.open(file, ParcelFileDescriptor.parseMode(mode))
     }
 
-    override fun getType(uri: Uri) = "image/jpeg"
+    override fun getType(uri: Uri) = if (uri.path.orEmpty().endsWith(Chat.DRAWING)) "image/png" else "image/jpeg"
 
     override fun query(
         uri: Uri,
@@ -65,12 +66,12 @@ class CameraProvider : ContentProvider() {
     }
 
     companion object {
-        private val NAME = Regex("[0-9a-f-]{36}\\.picture")
+        private val NAME = Regex("[0-9a-f-]{36}(${Regex.escape(Chat.PICTURE)}|${Regex.escape(Chat.DRAWING)})")
 
-        /** The address under which the camera's app may write this file of [Chat.newPictureFile]. */
+        /** The address of a file of [Chat.pictureFile] for another app, which needs a grant besides. */
         fun offer(
             context: Context,
             file: File,
-        ): Uri = Uri.Builder().scheme("content").authority("${context.packageName}.camera").appendPath(file.name).build()
+        ): Uri = Uri.Builder().scheme("content").authority("${context.packageName}.pictures").appendPath(file.name).build()
     }
 }
