@@ -213,6 +213,19 @@ class DrawingTest {
         }
     }
 
+    @Test fun `what is warmed is loaded before the question, and never together where memory is short`() {
+        for (keep in listOf(true, false)) {
+            tiny { backend ->
+                Session(tiny, backend, Sampling(maxNewTokens = 1), keepVision = keep).use { session ->
+                    session.warm()
+                    assertEquals(if (keep) listOf("load vision", "load embed", "decoder") else listOf(), backend.calls)
+                    session.reply("What is this")
+                    assertEquals(1, backend.calls.count { it == "decoder" })
+                }
+            }
+        }
+    }
+
     @Test fun `manifests of drawing bundles are refused as in Python`() {
         val text = File(tiny.folder, Bundle.MANIFEST).readText()
         assertEquals(4, ManifestReader.parse(text.toByteArray(), "manifest.json").generation!!.steps)

@@ -106,7 +106,8 @@ class SessionTest {
 
     @Test fun `the golden check passes on this machine`() {
         val checks = SelfCheck(Vectors.bundle, Vectors.backend) { Vectors.picture(it) }.run()
-        assertEquals(listOf("decoder", "embed", "vision", "conversation"), checks.map { it.part })
+        assertEquals(Vectors.bundle.manifest.golden.map { it.part } + "conversation", checks.map { it.part })
+        assertTrue(checks.map { it.part }.containsAll(listOf("decoder", "embed", "vision")))
         checks.forEach { assertTrue(it.toString(), it.passed) }
     }
 

@@ -233,7 +233,7 @@ class Chat(private val context: Context, private val models: Models) {
         }
         val opened = Backend.open(bundle)
         backend = opened
-        session = Session(bundle, opened, Sampling(maxNewTokens = LONGEST_ANSWER), keepVision = hasRoom(bundle))
+        session = Session(bundle, opened, Sampling(maxNewTokens = LONGEST_ANSWER), keepVision = hasRoom(bundle)).also { it.warm() }
         openName = name
         idle()
     }
