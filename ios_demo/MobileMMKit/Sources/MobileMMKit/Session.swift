@@ -250,16 +250,15 @@ public actor Session {
         var stats = Stats(promptTokens: ids.count)
         defer { self.stats = stats }
         answerIds = []
-        var begun = clock.now
-        try load(pictures)
-        stats.loadSeconds = (clock.now - begun).seconds
-        begun = clock.now
-        var logits = try prefill(ids, pictures, &stats)
+        let features = try see(pictures, &stats)
+        try load(&stats)
+        let begun = clock.now
+        var logits = try prefill(ids, pictures, features, &stats)
         var sampler = Sampler(sampling)
         var text = TextStream({ [tokenizer] in tokenizer.decoded($0) }, stop: bundle.manifest.prompt.stop)
         var seen = ids
         var token = sampler.choose(logits, size: logitsSize, seen: seen)
-        stats.ttft = (clock.now - begun).seconds
+        stats.ttft = stats.imageSeconds + (clock.now - begun).seconds
         let most = min(sampling.maxNewTokens, room)
         let signals = bundle.manifest.generation?.signalTokenIds ?? []
         while !model.eosTokenIds.contains(token) {
@@ -299,11 +298,12 @@ public actor Session {
     private func draw(_ generation: Generation, _ stop: Stop) throws -> (Drawing, Values<Float>) {
         let words = bundle.manifest.parts["output_projector"]!.inputs.first { $0.name == "signal_logits" }!.shape[2].size!
         let signals = try Tensor(.float32, [1, generation.signalTokenIds.count, words])
+        let embeds = try embedded(generation.signalTokenIds, nil)
         var at = 0
         var logits: Values<Float>?
-        for id in generation.signalTokenIds {
+        for index in generation.signalTokenIds.indices {
             try stop.check()
-            logits = try feed([id], nil, try textPosition())
+            logits = try decoder!.decode(try embeds.slice(axis: 1, index..<index + 1), positions: try textPosition())
             at = signals.floats.write(logits!.prefix(words), from: at)
         }
         let begun = ContinuousClock.now
@@ -320,23 +320,32 @@ public actor Session {
         return (drawing, logits!)
     }
 
-    private func load(_ pictures: [Picture]) throws {
+    /// Each picture's features. Before the decoder is loaded, so that memory need not hold both.
+    private func see(_ pictures: [Picture], _ stats: inout Stats) throws -> [Tensor] {
+        let begun = ContinuousClock.now
         if pictures.contains(where: { picture in !features.contains { $0.key == picture.key } }) {
             try backend.load("vision")
         }
+        let loaded = ContinuousClock.now
+        let found = try pictures.map(look)
+        if !keepVision { backend.release("vision") }
+        (stats.loadSeconds, stats.imageSeconds) = ((loaded - begun).seconds, (ContinuousClock.now - loaded).seconds)
+        return found
+    }
+
+    private func load(_ stats: inout Stats) throws {
+        let begun = ContinuousClock.now
         try backend.load("embed")
         if decoder == nil { decoder = try backend.decoder() }
+        stats.loadSeconds += (ContinuousClock.now - begun).seconds
     }
 
     /// Logits (vocabulary) behind the prompt, of which only what the cache lacks is run.
-    private func prefill(_ ids: [Int], _ pictures: [Picture], _ stats: inout Stats) throws -> Values<Float> {
-        let clock = ContinuousClock()
+    private func prefill(
+        _ ids: [Int], _ pictures: [Picture], _ features: [Tensor], _ stats: inout Stats
+    ) throws -> Values<Float> {
+        let begun = ContinuousClock.now
         let decoder = decoder!
-        var begun = clock.now
-        let found = try pictures.map(look)
-        if !keepVision { backend.release("vision") }
-        stats.imageSeconds = (clock.now - begun).seconds
-        begun = clock.now
         cached.removeLast(max(cached.count - decoder.length, 0))
         let keys = pictures.map(\.key)
         let start = min(common(ids, keys), ids.count - 1)
@@ -345,7 +354,7 @@ public actor Session {
         shown = keys
         stats.cachedTokens = start
         let skipped = ids[..<start].count { $0 == model.imageTokenId }
-        let rows = found.isEmpty ? nil : try concatenated(found, skipping: skipped)
+        let rows = features.isEmpty ? nil : try concatenated(features, skipping: skipped)
         var positions: Tensor?
         if let grid = bundle.manifest.image?.positionGrid {
             let every = ropePositions(ids, imageTokenId: model.imageTokenId, rows: grid[0], columns: grid[1])
@@ -355,7 +364,7 @@ public actor Session {
             positions = tensor
         }
         let logits = try feed(Array(ids[start...]), rows, positions)
-        stats.prefillSeconds = (clock.now - begun).seconds
+        stats.prefillSeconds = (ContinuousClock.now - begun).seconds
         return logits
     }
 
@@ -373,10 +382,15 @@ public actor Session {
 
     /// Appends to the cache; logits (vocabulary) behind the last id.
     private func feed(_ ids: [Int], _ rows: Tensor?, _ positions: Tensor?) throws -> Values<Float> {
+        try decoder!.decode(try embedded(ids, rows), positions: positions)
+    }
+
+    /// Embeddings (1, ids, hidden) of what the cache is about to hold.
+    private func embedded(_ ids: [Int], _ rows: Tensor?) throws -> Tensor {
         let embeds = try embed(backend, model, ids, rows)
         // Before the decoder has them: what is interrupted leaves too many here, never too few.
         cached += ids
-        return try decoder!.decode(embeds, positions: positions)
+        return embeds
     }
 
     /// The next token's position, where positions have three dimensions.

@@ -135,4 +135,60 @@ final class SessionTests: XCTestCase {
         }
         XCTAssertEqual(Set(answers).count, 1)
     }
+
+    func testPicturesAreLookedAtBeforeTheDecoderIsLoadedSoThatMemoryNeedNotHoldBoth() async throws {
+        let bundle = try ModelBundle.open(Vectors.file("tiny-onnx"))
+        for keepVision in [true, false] {
+            let backend = CountingBackend(try OnnxBackend(bundle, threads: 1))
+            let session = try await Session(
+                bundle, backend, sampling: Sampling(maxNewTokens: 2), keepVision: keepVision)
+            for _ in 0..<2 {
+                try await session.lookAt(PixelRaster(width: 4, height: 4, pixels: (0..<16).map { $0 * 0x0F_0F0F }))
+                _ = try await session.reply("abc")
+            }
+            let given = keepVision ? [] : ["release vision"]
+            let calls = backend.calls.withLock { $0.filter { $0 != "run embed" } }
+            // The same picture is not looked at again.
+            XCTAssertEqual(
+                calls, ["load vision", "run vision"] + given + ["load embed", "decoder"] + given + ["load embed"])
+        }
+    }
+}
+
+/// A backend whose calls are written down.
+private final class CountingBackend: Backend {
+    private let backend: OnnxBackend
+    let calls = Mutex<[String]>([])
+
+    init(_ backend: OnnxBackend) {
+        self.backend = backend
+    }
+
+    var runtime: String { backend.runtime }
+
+    private func note(_ call: String) { calls.withLock { $0.append(call) } }
+
+    func load(_ part: String) throws {
+        note("load \(part)")
+        try backend.load(part)
+    }
+
+    func release(_ part: String) {
+        note("release \(part)")
+        backend.release(part)
+    }
+
+    func run(_ part: String, _ inputs: [String: Tensor]) throws -> [String: Tensor] {
+        note("run \(part)")
+        return try backend.run(part, inputs)
+    }
+
+    func decoder() throws -> any Decoder {
+        note("decoder")
+        return try backend.decoder()
+    }
+
+    func cancel() { backend.cancel() }
+
+    func resume() { backend.resume() }
 }
