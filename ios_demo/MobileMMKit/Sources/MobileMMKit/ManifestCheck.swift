@@ -5,10 +5,11 @@ func checkAgreement(_ manifest: Manifest) throws {
     try fileFaults(manifest)
     try modelFaults(manifest)
     try tokenFaults(manifest)
-    try generationFaults(manifest)
+    try drawingFaults(manifest)
     switch manifest.target {
     case "onnx": try onnxFaults(manifest)
     case "coreml": try coremlFaults(manifest)
+    case "executorch": try executorchFaults(manifest)
     default: break
     }
 }
@@ -107,23 +108,32 @@ private func tokenFaults(_ manifest: Manifest) throws {
     }
 }
 
-/// Whether there is what a drawing needs, in sizes that agree.
-private func generationFaults(_ manifest: Manifest) throws {
+/// Whether what draws is there, whole, and of one size throughout.
+private func drawingFaults(_ manifest: Manifest) throws {
     guard let generation = manifest.generation else { return }
-    for id in generation.signalTokenIds where id >= manifest.model.vocabSize {
-        throw KeyFault(
-            "generation.signal_token_ids", "token \(id) is not in a vocabulary of \(manifest.model.vocabSize)")
+    for name in ["output_projector", "generator"] where manifest.parts[name] == nil {
+        throw KeyFault("generation", "the part '\(name)' is missing")
     }
-    guard let projector = manifest.parts["output_projector"], let generator = manifest.parts["generator"] else {
-        throw KeyFault("generation", "needs the parts 'output_projector' and 'generator'")
+    let (projector, generator) = (manifest.parts["output_projector"]!, manifest.parts["generator"]!)
+    let signals = generation.signalTokenIds
+    if signals.last! >= manifest.model.vocabSize || signals != Array(signals[0]..<signals[0] + signals.count) {
+        throw KeyFault("generation.signal_token_ids", "must follow each other, inside the vocabulary")
     }
-    let count = generation.signalTokenIds.count
-    try tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", [1, count, nil])
-    let words = projector.inputs.first { $0.name == "signal_logits" }!.shape[2].size
-    if words == nil || words! > manifest.model.vocabSize {
-        throw KeyFault("parts.output_projector.inputs", "'signal_logits' has more words than the vocabulary")
+    if product(generation.noiseShape) ?? .max > Noise.most {
+        throw KeyFault("generation.noise.shape", "has more than \(Noise.most) numbers")
+    }
+    let known = Dictionary(
+        (projector.inputs + projector.outputs).map { ($0.name, $0.shape) }, uniquingKeysWith: { _, last in last })
+    guard let words = known["signal_logits"]?.last?.size, words <= manifest.model.vocabSize else {
+        throw KeyFault("parts.output_projector.inputs", "'signal_logits' must end in some of the vocabulary's words")
+    }
+    let condition = (known["condition"] ?? []).map(\.size)
+    if condition.isEmpty || condition.contains(nil) {
+        throw KeyFault("parts.output_projector.outputs", "'condition' must have a fixed shape")
     }
     let picture = [1, 3, generation.height, generation.width]
+    try tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", [1, signals.count, words])
+    try tensorFault("parts.generator.inputs", generator.inputs, "condition", condition)
     try tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
     try tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
 }
@@ -202,6 +212,31 @@ private func coremlFaults(_ manifest: Manifest) throws {
     try tensorFault("parts.decoder.inputs", decoder.inputs, "inputs_embeds", [nil, nil, model.hiddenSize])
     try tensorFault("parts.decoder.inputs", decoder.inputs, "position_ids", [nil, nil], [.int32])
     try tensorFault("parts.decoder.outputs", decoder.outputs, "logits", [nil, nil, model.vocabSize])
+}
+
+/// Whether the parts' tensors are those of the ExecuTorch contract, in the model's sizes.
+private func executorchFaults(_ manifest: Manifest) throws {
+    let model = manifest.model
+    for (name, part) in manifest.parts.sorted(by: { $0.key < $1.key }) where !part.file.hasSuffix(".pte") {
+        throw KeyFault("parts.\(name).file", "must be a .pte file in a bundle for executorch")
+    }
+    try required(manifest)
+    let (embed, decoder) = (manifest.parts["embed"]!, manifest.parts["decoder"]!)
+    let hidden = model.hiddenSize
+    if let image = manifest.image {
+        let vision = manifest.parts["vision"]!
+        try tensorFault("parts.vision.inputs", vision.inputs, "image", [1, 3, image.height, image.width], [.uint8])
+        let features = [1, model.numImageTokens, hidden]
+        try tensorFault("parts.vision.outputs", vision.outputs, "image_features", features)
+    }
+    try tensorFault("parts.embed.inputs", embed.inputs, "tokens", [1, nil], [.int64])
+    try tensorFault("parts.embed.outputs", embed.outputs, "inputs_embeds", [1, nil, hidden])
+    try tensorFault("parts.decoder.inputs", decoder.inputs, "inputs_embeds", [1, nil, hidden])
+    try tensorFault("parts.decoder.inputs", decoder.inputs, "cache_position", [1], [.int64])
+    if decoder.inputs.contains(where: { $0.name == "position_ids" }) {
+        try tensorFault("parts.decoder.inputs", decoder.inputs, "position_ids", [3, 1, nil], [.int64])
+    }
+    try tensorFault("parts.decoder.outputs", decoder.outputs, "logits", [1, 1, model.vocabSize])
 }
 
 /// The cache's tensors, layer by layer: `past_key_values.0.key`, `past_key_values.0.value`, …

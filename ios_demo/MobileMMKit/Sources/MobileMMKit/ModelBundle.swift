@@ -38,8 +38,8 @@ public struct ModelBundle: Sendable {
     /// Opens and checks a bundle; no model is loaded.
     ///
     /// Always checked: the manifest and what it says of itself; that the folder holds the files that it lists, in
-    /// their sizes, and no other but hidden ones at its top; that ONNX parts refer to their own files alone. With
-    /// `verify` also the files' SHA-256. Throws ``MobileMMError``, one line, at the first fault.
+    /// their sizes, and no other but hidden ones at its top; and the structure of ONNX parts. With `verify` also what
+    /// reads every byte: the files' SHA-256, and that ONNX parts' numbers are finite. Throws ``MobileMMError``, one line, at the first fault.
     public static func open(_ folder: URL, verify: Bool = true) throws -> ModelBundle {
         let folder = folder.absoluteURL
         let manifest = try readManifest(folder)
@@ -58,7 +58,7 @@ public struct ModelBundle: Sendable {
             }
         }
         if manifest.target == "onnx" {
-            for name in manifest.parts.keys.sorted() { try OnnxCheck.check(folder, manifest, name) }
+            for name in manifest.parts.keys.sorted() { try OnnxCheck.check(folder, manifest, name, values: verify) }
         }
         return ModelBundle(folder: folder, manifest: manifest)
     }

@@ -8,6 +8,8 @@ import Foundation
 public enum Noise {
     /// The rule's name in a manifest.
     public static let rule = "philox4x32-10-box-muller"
+    /// Numbers for one picture; Stable Diffusion takes 2^16 at 1024 pixels.
+    static let most = 1 << 26
 
     /// Independent numbers of mean 0 and variance 1, the same for the same seed; a longer shape goes on.
     public static func normal(seed: UInt64, _ shape: [Int]) throws -> Tensor {

@@ -33,7 +33,9 @@ enum SafeTensors {
             else { return nil }
             let tensor = try Tensor(dtype, shape.map { $0! })
             let bytes = tensor.count * dtype.bytes
-            guard places[0] >= 0, places[1] <= data.count - start, places[1] - places[0] == bytes else { return nil }
+            guard places[0] >= 0, places[1] >= places[0], places[1] <= data.count - start,
+                places[1] - places[0] == bytes
+            else { return nil }
             data.withUnsafeBytes { all in
                 tensor.memory.copyMemory(from: .init(rebasing: all[start + places[0]..<start + places[1]]))
             }
