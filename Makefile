@@ -92,20 +92,20 @@ test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) #
 # The Swift package of the iOS demo: needs Debian's apt, which brings Swift and C libraries into a folder, once; they
 # run there with it as their root. It opens the ONNX Runtime that Python itself runs on.
 IOS := build/ios
-test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/coreml ## run the iOS demo's tests on Linux
+test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## run the iOS demo's tests on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(IOS)/vectors
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording $(IOS)/coreml $(IOS)/vectors/pictures $(IOS)/recording
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing --also coreml
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording \
+		$(IOS)/drawing/drawer-coreml $(IOS)/vectors/pictures $(IOS)/recording
+	$(BIN)/python -m tests.ios.recording $(IOS)/default-coreml $(IOS)/vectors/pictures $(IOS)/recording --short
 	$(BIN)/python ios_demo/build.py check
 	$(BIN)/python ios_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(IOS)/vectors \
-		--coreml-bundle $(IOS)/coreml --recording $(IOS)/recording \
-		--drawing $(IOS)/drawing
+		--coreml-bundle $(IOS)/drawing/drawer-coreml --coreml-default $(IOS)/default-coreml \
+		--recording $(IOS)/recording --drawing $(IOS)/drawing
 	$(BIN)/python -m pytest tests/ios
 
-# A small model of random weights, exported as any other: what the Core ML backend is driven with.
-$(IOS)/coreml: | $(STAMP)
-	$(BIN)/python scripts/random_checkpoint.py $(IOS)/tiny --size tiny
-	$(BIN)/mobilemm export $(IOS)/tiny --target coreml --output $@ --force
+$(IOS)/default-coreml: | $(STAMP)
+	$(BIN)/mobilemm export --target coreml --output $@ --force
 
 $(ANDROID)/bundle: | $(STAMP)
 	$(BIN)/mobilemm export --target onnx --output $@ --force

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Builds and tests the Swift package on Linux, with a Swift that is unpacked into build/ios.
 
-    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER --coreml-bundle FOLDER --recording FOLDER
-                                   --drawing FOLDER [--sanitize address] [-- OPTION…]
+    python ios_demo/build.py test --bundle FOLDER --vectors FOLDER --coreml-bundle FOLDER
+                                   --coreml-default FOLDER --recording FOLDER --drawing FOLDER
+                                   [--sanitize address] [-- OPTION…]
     python ios_demo/build.py check
     python ios_demo/build.py run -- run BUNDLE --prompt TEXT
 
@@ -13,6 +14,7 @@ it.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -71,6 +73,11 @@ def test(folders: dict[str, Path], sanitize: str | None, options: Sequence[str])
     # libcurl, Foundation and XCTest leave a few kilobytes behind at the end, which are not the package's.
     variables["ASAN_OPTIONS"] = "detect_leaks=0"
     scratch = f"tests-{sanitize}" if sanitize else "tests"
+    # What was compiled for another run's recordings is of no use.
+    caches = OUT / scratch / "caches"
+    shutil.rmtree(caches, ignore_errors=True)
+    caches.mkdir(parents=True)
+    variables["XDG_CACHE_HOME"] = str(caches)
     with serving(folders["bundle"]) as address:
         variables["MOBILEMM_SERVER"] = address
         swift("test", *how, *options, scratch=scratch, binds=folders.values(), environment=variables)
@@ -117,8 +124,9 @@ def main() -> None:
     testing = commands.add_parser("test", help="run the package's tests")
     testing.add_argument("--bundle", type=Path, required=True)
     testing.add_argument("--vectors", type=Path, required=True, help="by tests/phone_vectors.py")
-    testing.add_argument("--coreml-bundle", type=Path, required=True)
-    testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of that")
+    testing.add_argument("--coreml-bundle", type=Path, required=True, help="by tests/ios/drawing.py")
+    testing.add_argument("--coreml-default", type=Path, required=True, help="of the model that ships")
+    testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of both")
     testing.add_argument("--drawing", type=Path, required=True, help="by tests/ios/drawing.py")
     testing.add_argument("--sanitize", choices=["address", "thread"])
     testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
@@ -130,7 +138,7 @@ def main() -> None:
         if arguments.command == "check":
             check()
         elif arguments.command == "test":
-            names = ("bundle", "vectors", "coreml_bundle", "recording", "drawing")
+            names = ("bundle", "vectors", "coreml_bundle", "coreml_default", "recording", "drawing")
             folders = {name: getattr(arguments, name) for name in names}
             test(folders, arguments.sanitize, arguments.options)
         else:

@@ -1,8 +1,9 @@
 """A tiny model that draws, as an ONNX bundle, and what Python's session draws with it.
 
-    python -m tests.ios.drawing FOLDER
+    python -m tests.ios.drawing FOLDER [--also coreml] [--also executorch]
 
-Weights are random, but for the first signal token's, which answers the request with a drawing.
+Weights are random, but for the first signal token's, which answers the request with a drawing. `--also`
+exports it for other targets as well, in full precision.
 """
 
 from __future__ import annotations
@@ -51,18 +52,27 @@ def write_drawings(bundle: Path, folder: Path, question: str = REQUEST, max_new_
     (folder / "drawings.json").write_text(json.dumps(cases, ensure_ascii=False), encoding="utf-8")
 
 
+def export(model: Path, target: str, bundle: Path, *options: str) -> None:
+    words = ["export", str(model), "--target", target, "--output", str(bundle), *options]
+    done = CliRunner().invoke(app, words)
+    if done.exit_code != 0:
+        raise SystemExit(done.output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--also", action="append", choices=("coreml", "executorch"), default=[])
+    arguments = parser.parse_args()
+    folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = write_drawer(folder / "drawer")
-    bundle = folder / "drawer-onnx"
-    done = CliRunner().invoke(app, ["export", str(model), "--target", "onnx", "--output", str(bundle)])
-    if done.exit_code != 0:
-        raise SystemExit(done.output)
-    write_drawings(bundle, folder)
+    export(model, "onnx", folder / "drawer-onnx")
+    for target in arguments.also:
+        full = [word for part in ("llm", "vision", "embed", "generator") for word in (f"--q-{part}", "fp32")]
+        export(model, target, folder / f"drawer-{target}", *full)
+    write_drawings(folder / "drawer-onnx", folder)
     print(f"drawings: {folder}")
 
 

@@ -35,10 +35,15 @@
         func run(_ inputs: [String: Tensor], _ function: String?, _ state: MLState?) throws -> [String: Tensor] {
             let model = try model(function)
             do {
-                let values = try inputs.mapValues { tensor in
-                    tensor.dtype == .uint8
-                        ? MLFeatureValue(pixelBuffer: try tensor.pixelBuffer())
-                        : MLFeatureValue(multiArray: try tensor.multiArray())
+                let known = model.modelDescription.inputDescriptionsByName
+                var values: [String: MLFeatureValue] = [:]
+                for (name, tensor) in inputs {
+                    if tensor.dtype == .uint8 {
+                        values[name] = MLFeatureValue(pixelBuffer: try tensor.pixelBuffer())
+                    } else {
+                        let wanted = known[name]?.multiArrayConstraint?.dataType.dtype
+                        values[name] = MLFeatureValue(multiArray: try tensor.asFloats(wanted).multiArray())
+                    }
                 }
                 let given = try MLDictionaryFeatureProvider(dictionary: values)
                 let found: any MLFeatureProvider
@@ -169,6 +174,15 @@
                         }
                     }
                 }
+            }
+        }
+
+        /// Floating-point numbers in that precision; others as they are.
+        fileprivate func asFloats(_ wanted: DType?) throws -> Tensor {
+            switch (dtype, wanted) {
+            case (.float32, .float16): try toHalves()
+            case (.float16, .float32): try toFloats()
+            default: self
             }
         }
 

@@ -113,6 +113,14 @@ open class MLMultiArrayConstraint: NSObject {
         (self.shape, self.dataType) = (shape.map { NSNumber(value: $0) }, dataType)
         shapeConstraint = MLMultiArrayShapeConstraint(ranges == nil ? .unspecified : .range, ranges ?? [])
     }
+
+    func takes(_ array: MLMultiArray) -> Bool {
+        let given = array.shape.map(\.intValue)
+        let ranges = shapeConstraint.sizeRangeForDimension.map(\.rangeValue)
+        let allowed = ranges.isEmpty ? shape.map { NSRange(location: $0.intValue, length: 1) } : ranges
+        return array.dataType == dataType && given.count == allowed.count
+            && zip(given, allowed).allSatisfy { $0 >= $1.location && $0 < $1.location + $1.length }
+    }
 }
 
 open class MLImageConstraint: NSObject {

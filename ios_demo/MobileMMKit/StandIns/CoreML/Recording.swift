@@ -3,7 +3,8 @@ import Foundation
 
 /// A run of a package that Python has recorded (`python -m tests.ios.recording`), beside what its specification says.
 ///
-/// `MOBILEMM_RECORDING` names the folder: `interfaces.json`, `calls.json`, and the tensors' bytes.
+/// `MOBILEMM_RECORDING` names a folder with one of the bundle's name: `interfaces.json`, `calls.json`, and the tensors'
+/// bytes.
 final class Recording {
     struct Function {
         let name: String
@@ -23,25 +24,27 @@ final class Recording {
     private let folder: URL
 
     static func of(_ compiled: URL) throws -> Recording {
-        try Recording((try String(contentsOf: compiled, encoding: .utf8)).trimmingCharacters(in: .newlines))
+        let lines = try String(contentsOf: compiled, encoding: .utf8).split(separator: "\n").map(String.init)
+        return try Recording(lines[0], lines[1])
     }
 
-    /// "Compiles" a package: a file with the name of the part.
+    /// "Compiles" a package: a file with the names of the bundle and of the part.
     static func compile(_ package: URL) throws -> URL {
         guard FileManager.default.fileExists(atPath: package.path) else {
             throw Unexpected(text: "there is no \(package.path)")
         }
         let made = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID()).mlmodelc")
-        try Data(package.deletingPathExtension().lastPathComponent.utf8).write(to: made)
+        let bundle = package.deletingLastPathComponent().deletingLastPathComponent().lastPathComponent
+        try Data("\(bundle)\n\(package.deletingPathExtension().lastPathComponent)".utf8).write(to: made)
         return made
     }
 
-    private init(_ part: String) throws {
+    private init(_ bundle: String, _ part: String) throws {
         self.part = part
         guard let path = ProcessInfo.processInfo.environment["MOBILEMM_RECORDING"] else {
             throw Unexpected(text: "MOBILEMM_RECORDING is not set")
         }
-        let folder = URL(fileURLWithPath: path)
+        let folder = URL(fileURLWithPath: path).appendingPathComponent(bundle)
         self.folder = folder
         func json(_ name: String) throws -> Any {
             try JSONSerialization.jsonObject(with: try Data(contentsOf: folder.appendingPathComponent(name)))
@@ -81,6 +84,7 @@ final class Recording {
 
     /// With a state the calls must come as they were recorded; without one, any of them may.
     func answer(_ function: Function, _ input: any MLFeatureProvider, _ state: MLState?) throws -> any MLFeatureProvider {
+        try check(function, input, state)
         let given = Dictionary(uniqueKeysWithValues: try input.featureNames.map { ($0, try bytes(input.featureValue(for: $0)!)) })
         var candidates = calls
         if let state {
@@ -105,6 +109,27 @@ final class Recording {
             return try MLDictionaryFeatureProvider(dictionary: try (call["outputs"] as! [String: [String: Any]]).mapValues(value))
         }
         throw Unexpected(text: "\(place): no recorded call had these inputs")
+    }
+
+    /// Names, types and shapes as the specification has them, and a state where it has states.
+    private func check(_ function: Function, _ input: any MLFeatureProvider, _ state: MLState?) throws {
+        let wanted = function.description.inputDescriptionsByName
+        if input.featureNames != Set(wanted.keys) {
+            throw Unexpected(text: "\(function.name) of \(part) takes \(wanted.keys.sorted()), not \(input.featureNames.sorted())")
+        }
+        if function.description.stateDescriptionsByName.isEmpty != (state == nil) {
+            throw Unexpected(text: "\(function.name) of \(part) was given \(state == nil ? "no state" : "a state")")
+        }
+        for (name, feature) in wanted {
+            let value = input.featureValue(for: name)!
+            let fits =
+                if let image = feature.imageConstraint {
+                    value.imageBufferValue.map { ($0.height, $0.width) == (image.pixelsHigh, image.pixelsWide) } ?? false
+                } else {
+                    value.multiArrayValue.map { feature.multiArrayConstraint!.takes($0) } ?? false
+                }
+            if !fits { throw Unexpected(text: "\(name) of \(part) is of another type or shape than it takes") }
+        }
     }
 
     private func read(_ tensor: [String: Any]) throws -> Data {

@@ -8,40 +8,67 @@
     /// The Core ML backend over a stand-in for Core ML, which answers from a run recorded on the reference interpreter,
     /// and knows the packages' own specifications.
     final class CoreMLTests: XCTestCase {
-        private static let recording = URL(fileURLWithPath: ProcessInfo.processInfo.environment["MOBILEMM_RECORDING"]!)
-        private static let bundle = Result {
-            try ModelBundle.open(URL(fileURLWithPath: ProcessInfo.processInfo.environment["MOBILEMM_COREML_BUNDLE"]!))
+        private static let recordings = URL(fileURLWithPath: ProcessInfo.processInfo.environment["MOBILEMM_RECORDING"]!)
+        private static let bundle = Result { try open("MOBILEMM_COREML_BUNDLE") }
+        /// The model that ships with mobilemm.
+        private static let full = Result { try open("MOBILEMM_COREML_DEFAULT") }
+
+        private static func open(_ variable: String) throws -> ModelBundle {
+            try ModelBundle.open(URL(fileURLWithPath: ProcessInfo.processInfo.environment[variable]!))
         }
 
-        private func turns() throws -> [JsonObject] {
-            try Json.parse(try Data(contentsOf: Self.recording.appendingPathComponent("turns.json"))).array!.map { $0.object! }
+        private func recorded(_ bundle: ModelBundle, _ name: String) throws -> Data {
+            let folder = Self.recordings.appendingPathComponent(bundle.folder.lastPathComponent)
+            return try Data(contentsOf: folder.appendingPathComponent(name))
         }
 
-        private func answers(keepVision: Bool) async throws -> (ids: [[Int]], answers: [String]) {
-            let bundle = try Self.bundle.get()
+        /// Says again what Python's session said; every answer's tokens, and every drawing, must be the same.
+        private func replay(_ bundle: ModelBundle, keepVision: Bool = true) async throws -> (tokens: [Int], drawings: Int) {
+            let run = try Json.parse(try recorded(bundle, "run.json")).object!
             let backend = try await openBackend(bundle)
-            let session = try await Session(
-                bundle, backend, sampling: Sampling(maxNewTokens: 65), keepVision: keepVision)
-            var found: (ids: [[Int]], answers: [String]) = ([], [])
-            for turn in try turns() {
+            let sampling = Sampling(maxNewTokens: run.int("max_new_tokens"), seed: UInt64(run.int("seed")))
+            let session = try await Session(bundle, backend, sampling: sampling, keepVision: keepVision)
+            var (tokens, count) = ([Int](), 0)
+            for turn in run.objects("turns") {
+                if turn["reset"] != nil { await session.reset() }
                 for image in turn.strings("images") { try await session.lookAt(try Vectors.picture(image)) }
-                found.answers.append(try await session.reply(turn.string("text")))
-                found.ids.append(await session.answerIds)
+                var (text, drawings): (String, [Drawing]) = ("", [])
+                for try await piece in session.stream(turn.string("text")) {
+                    text += piece.text
+                    if case .drawing(let drawing) = piece { drawings.append(drawing) }
+                }
+                let ids = await session.answerIds
+                XCTAssertEqual(ids, turn.ints("ids"))
+                assertSame(text, turn.string("answer"))
+                let wanted = turn.objects("drawings")
+                XCTAssertEqual(drawings.count, wanted.count)
+                for (drawing, one) in zip(drawings, wanted) {
+                    XCTAssertEqual([drawing.picture.width, drawing.picture.height], [one.int("width"), one.int("height")])
+                    let ratio = drawing.picture.psnr([UInt8](try recorded(bundle, one.string("file"))))
+                    XCTAssertGreaterThanOrEqual(ratio, 45)
+                }
+                tokens += ids
+                count += drawings.count
             }
-            return found
+            return (tokens, count)
         }
 
-        func testAConversationAboutTwoPicturesIsPythonsTokenForToken() async throws {
-            let wanted = try turns()
-            let (ids, answers) = try await answers(keepVision: true)
-            XCTAssertEqual(ids, wanted.map { $0.ints("ids") })
-            XCTAssertGreaterThanOrEqual(ids.joined().count, 65)
-            for (answer, turn) in zip(answers, wanted) { assertSame(answer, turn.string("answer")) }
+        func testAConversationAboutTwoPicturesAndADrawingArePythonsTokenForToken() async throws {
+            let (tokens, drawings) = try await replay(try Self.bundle.get())
+            XCTAssertGreaterThanOrEqual(tokens.count, 4 * 65)
+            XCTAssertGreaterThanOrEqual(drawings, 2)
         }
 
-        func testReleasingTheVisionPartChangesNothing() async throws {
-            let (ids, _) = try await answers(keepVision: false)
-            XCTAssertEqual(ids, try turns().map { $0.ints("ids") })
+        func testReleasingThePartsThatSeeAndDrawChangesNothing() async throws {
+            _ = try await replay(try Self.bundle.get(), keepVision: false)
+        }
+
+        /// The real packages' names, shapes, types and states.
+        func testTheDefaultModelAnswersAboutAPictureAsInPython() async throws {
+            let bundle = try Self.full.get()
+            let (tokens, drawings) = try await replay(bundle)
+            XCTAssertGreaterThanOrEqual(tokens.count, 8)
+            XCTAssertEqual(drawings > 0, bundle.manifest.generation != nil)
         }
 
         func testInputsThatWereNotRecordedAreRefusedByTheStandIn() async throws {
@@ -63,9 +90,13 @@
 
         func testAManifestThatSaysOtherThanThePackageIsRefused() async throws {
             let files = FileManager.default
-            let folder = files.temporaryDirectory.appendingPathComponent("coreml-\(UUID())")
-            defer { try? files.removeItem(at: folder) }
-            try files.copyItem(at: try Self.bundle.get().folder, to: folder)
+            let above = files.temporaryDirectory.appendingPathComponent("\(UUID())")
+            let whole = try Self.bundle.get().folder
+            // The stand-in knows recordings by the folder's name.
+            let folder = above.appendingPathComponent(whole.lastPathComponent)
+            defer { try? files.removeItem(at: above) }
+            try files.createDirectory(at: above, withIntermediateDirectories: true)
+            try files.copyItem(at: whole, to: folder)
             try? files.removeItem(at: folder.appendingPathComponent(ModelBundle.manifestDigestName))
             let manifest = folder.appendingPathComponent(ModelBundle.manifestName)
             let text = try String(contentsOf: manifest, encoding: .utf8)
@@ -84,22 +115,29 @@
 
         /// What the backend asks for by name is what the packages' specifications have.
         func testTheNamesAreThoseOfThePackages() throws {
-            let data = try Data(contentsOf: Self.recording.appendingPathComponent("interfaces.json"))
-            let parts = try Json.parse(data).object!
-            func names(_ part: String, _ function: Int, _ side: String) -> Set<String> {
-                Set(parts[part]!.array![function].object!.objects(side).map { $0.string("name") })
-            }
-            XCTAssertEqual(names("vision", 0, "inputs"), ["pixels"])
-            XCTAssertEqual(names("vision", 0, "outputs"), ["image_features"])
-            XCTAssertEqual(names("embed", 0, "inputs"), ["input_ids"])
-            XCTAssertEqual(names("embed", 0, "outputs"), ["inputs_embeds"])
-            for (index, function) in parts["decoder"]!.array!.enumerated() {
-                XCTAssertEqual(names("decoder", index, "states"), ["k_cache", "v_cache"])
-                XCTAssertEqual(names("decoder", index, "outputs"), ["logits"])
-                let isDecode = function.object!.string("name") == "decode"
-                XCTAssertEqual(
-                    names("decoder", index, "inputs"),
-                    isDecode ? ["inputs_embeds", "position_ids"] : ["inputs_embeds", "position_ids", "last_index"])
+            for bundle in [try Self.bundle.get(), try Self.full.get()] {
+                let parts = try Json.parse(try recorded(bundle, "interfaces.json")).object!
+                func names(_ part: String, _ function: Int, _ side: String) -> Set<String> {
+                    Set(parts[part]!.array![function].object!.objects(side).map { $0.string("name") })
+                }
+                XCTAssertEqual(names("vision", 0, "inputs"), ["pixels"])
+                XCTAssertEqual(names("vision", 0, "outputs"), ["image_features"])
+                XCTAssertEqual(names("embed", 0, "inputs"), ["input_ids"])
+                XCTAssertEqual(names("embed", 0, "outputs"), ["inputs_embeds"])
+                if bundle.manifest.generation != nil {
+                    XCTAssertEqual(names("output_projector", 0, "inputs"), ["signal_logits"])
+                    XCTAssertEqual(names("output_projector", 0, "outputs"), ["condition"])
+                    XCTAssertEqual(names("generator", 0, "inputs"), ["condition", "noise"])
+                    XCTAssertEqual(names("generator", 0, "outputs"), ["picture"])
+                }
+                for (index, function) in parts["decoder"]!.array!.enumerated() {
+                    XCTAssertEqual(names("decoder", index, "states"), ["k_cache", "v_cache"])
+                    XCTAssertEqual(names("decoder", index, "outputs"), ["logits"])
+                    let isDecode = function.object!.string("name") == "decode"
+                    XCTAssertEqual(
+                        names("decoder", index, "inputs"),
+                        isDecode ? ["inputs_embeds", "position_ids"] : ["inputs_embeds", "position_ids", "last_index"])
+                }
             }
         }
     }

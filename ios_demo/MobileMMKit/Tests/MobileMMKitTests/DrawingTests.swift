@@ -23,18 +23,6 @@
             return (session, text, drawings)
         }
 
-        private func psnr(_ picture: PixelRaster, _ rgb: [UInt8]) -> Double {
-            var squares = 0.0
-            for (index, pixel) in picture.pixels.enumerated() {
-                for channel in 0..<3 {
-                    let found = Int(pixel >> UInt32(16 - 8 * channel) & 255)
-                    let difference = Double(found - Int(rgb[3 * index + channel]))
-                    squares += difference * difference
-                }
-            }
-            return squares == 0 ? 99 : 10 * log10(255 * 255 * Double(rgb.count) / squares)
-        }
-
         func testTheSamePictureForASeedAsInPython() async throws {
             let data = try Data(contentsOf: try folder().appendingPathComponent("drawings.json"))
             let cases = try Json.parse(data).array!.map { $0.object! }
@@ -47,7 +35,7 @@
                 let picture = drawings[0].picture
                 XCTAssertEqual([picture.width, picture.height], [one.int("width"), one.int("height")])
                 let rgb = [UInt8](try Data(contentsOf: try folder().appendingPathComponent(one.string("file"))))
-                let ratio = psnr(picture, rgb)
+                let ratio = picture.psnr(rgb)
                 print(String(format: "seed %@: %.1f dB to Python's picture", one.string("seed"), ratio))
                 XCTAssertGreaterThanOrEqual(ratio, 45)
                 XCTAssertEqual(drawings[0].seed, seed)

@@ -50,6 +50,21 @@ extension JsonObject {
     func objects(_ key: String) -> [JsonObject] { self[key]!.array!.map { $0.object! } }
 }
 
+extension PixelRaster {
+    /// To the same picture as bytes of red, green, blue; 99 for equal ones.
+    func psnr(_ rgb: [UInt8]) -> Double {
+        var squares = 0.0
+        for (index, pixel) in pixels.enumerated() {
+            for channel in 0..<3 {
+                let found = Int(pixel >> UInt32(16 - 8 * channel) & 255)
+                let difference = Double(found - Int(rgb[3 * index + channel]))
+                squares += difference * difference
+            }
+        }
+        return squares == 0 ? 99 : 10 * log10(255 * 255 * Double(rgb.count) / squares)
+    }
+}
+
 /// Equal code point by code point, which `String`'s own comparison is not.
 func assertSame(
     _ found: String, _ wanted: String, _ about: String = "", file: StaticString = #filePath, line: UInt = #line
