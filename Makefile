@@ -98,10 +98,11 @@ test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## run the iOS demo's
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording \
 		$(IOS)/drawing/drawer-coreml $(IOS)/vectors/pictures $(IOS)/recording
 	$(BIN)/python -m tests.ios.recording $(IOS)/default-coreml $(IOS)/vectors/pictures $(IOS)/recording --short
+	$(BIN)/python -m tests.ios.zips $(IOS)/vectors/tiny-onnx $(IOS)/zips
 	$(BIN)/python ios_demo/build.py check
 	$(BIN)/python ios_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(IOS)/vectors \
 		--coreml-bundle $(IOS)/drawing/drawer-coreml --coreml-default $(IOS)/default-coreml \
-		--recording $(IOS)/recording --drawing $(IOS)/drawing
+		--recording $(IOS)/recording --drawing $(IOS)/drawing --zips $(IOS)/zips
 	$(BIN)/python -m pytest tests/ios
 
 $(IOS)/default-coreml: | $(STAMP)

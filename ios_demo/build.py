@@ -3,7 +3,7 @@
 
     python ios_demo/build.py test --bundle FOLDER --vectors FOLDER --coreml-bundle FOLDER
                                    --coreml-default FOLDER --recording FOLDER --drawing FOLDER
-                                   [--sanitize address] [-- OPTION…]
+                                   --zips FOLDER [--sanitize address] [-- OPTION…]
     python ios_demo/build.py check
     python ios_demo/build.py run -- run BUNDLE --prompt TEXT
 
@@ -96,7 +96,8 @@ def check() -> None:
     modules = OUT / "modules"
     modules.mkdir(parents=True, exist_ok=True)
     binds = [HERE.parent, OUT]
-    swiftc = ["swiftc", "-swift-version", "6", "-warnings-as-errors", "-I", str(modules)]
+    found = [word for folder in (modules, PACKAGE / "Sources" / "CZlib") for word in ("-I", str(folder))]
+    swiftc = ["swiftc", "-swift-version", "6", "-warnings-as-errors", *found]
 
     def module(name: str, folder: Path, *options: str) -> None:
         words = ["-emit-module", "-parse-as-library", "-module-name", name]
@@ -128,6 +129,7 @@ def main() -> None:
     testing.add_argument("--coreml-default", type=Path, required=True, help="of the model that ships")
     testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of both")
     testing.add_argument("--drawing", type=Path, required=True, help="by tests/ios/drawing.py")
+    testing.add_argument("--zips", type=Path, required=True, help="by tests/ios/zips.py")
     testing.add_argument("--sanitize", choices=["address", "thread"])
     testing.add_argument("options", nargs="*", help="further options of `swift test`, behind --")
     commands.add_parser("check", help="lint, and type-check what is for Apple's systems against stand-ins")
@@ -138,7 +140,7 @@ def main() -> None:
         if arguments.command == "check":
             check()
         elif arguments.command == "test":
-            names = ("bundle", "vectors", "coreml_bundle", "coreml_default", "recording", "drawing")
+            names = ("bundle", "vectors", "coreml_bundle", "coreml_default", "recording", "drawing", "zips")
             folders = {name: getattr(arguments, name) for name in names}
             test(folders, arguments.sanitize, arguments.options)
         else:

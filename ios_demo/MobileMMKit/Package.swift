@@ -1,7 +1,7 @@
 // swift-tools-version: 6.0
 import PackageDescription
 
-// Core ML and ImageIO are the system's on Apple's platforms. On Linux pictures are decoded by libpng and
+// Core ML, ImageIO and zlib are the system's on Apple's platforms. On Linux pictures are decoded by libpng and
 // libjpeg-turbo, and models run on ONNX Runtime, whose library is opened when it is first used.
 let linux = TargetDependencyCondition.when(platforms: [.linux])
 
@@ -22,12 +22,14 @@ let package = Package(
         .systemLibrary(name: "COnnxRuntime"),
         .systemLibrary(name: "CPng", providers: [.apt(["libpng-dev"])]),
         .systemLibrary(name: "CTurboJpeg", providers: [.apt(["libturbojpeg0-dev"])]),
+        .systemLibrary(name: "CZlib", providers: [.apt(["zlib1g-dev"])]),
         .target(
             name: "MobileMMKit",
             dependencies: [
                 .target(name: "COnnxRuntime", condition: linux),
                 .target(name: "CPng", condition: linux),
                 .target(name: "CTurboJpeg", condition: linux),
+                "CZlib",
             ] + standIns.map { .target(name: $0, condition: linux) }),
         .executableTarget(name: "mobilemm-swift", dependencies: ["MobileMMKit"]),
         .testTarget(name: "MobileMMKitTests", dependencies: ["MobileMMKit"]),

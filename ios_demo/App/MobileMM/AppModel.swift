@@ -46,12 +46,17 @@ final class AppModel {
         }
     }
 
-    func add(folder: URL) async {
-        await working("Importing \(folder.lastPathComponent)") {
-            let isOurs = folder.startAccessingSecurityScopedResource()
-            defer { if isOurs { folder.stopAccessingSecurityScopedResource() } }
+    /// Takes a bundle's folder, or the zip file of one.
+    func add(_ source: URL) async {
+        let name = source.lastPathComponent
+        await working("Importing \(name)") {
+            let isOurs = source.startAccessingSecurityScopedResource()
+            defer { if isOurs { source.stopAccessingSecurityScopedResource() } }
             let library = self.library
-            _ = try await Task.detached { try library.add(folder) }.value
+            _ = try await Task.detached {
+                if source.hasDirectoryPath { return try library.add(source) }
+                return try library.importZip(source) { done, total in self.tell("Importing \(name)", done, total) }
+            }.value
             self.refresh()
         }
     }
@@ -62,9 +67,7 @@ final class AppModel {
             return
         }
         await working("Downloading") {
-            _ = try await self.library.download(url) { done, total in
-                Task { @MainActor in self.busy = "Downloading: \(done / 1_000_000) of \(total / 1_000_000) MB" }
-            }
+            _ = try await self.library.download(url) { done, total in self.tell("Downloading", done, total) }
             self.refresh()
         }
     }
@@ -80,6 +83,12 @@ final class AppModel {
             failure = oneLine(error)
         }
         refresh()
+    }
+
+    /// How far it is, unless it has ended by now.
+    private nonisolated func tell(_ what: String, _ done: Int, _ total: Int) {
+        let text = "\(what): \(done / 1_000_000) of \(total / 1_000_000) MB"
+        Task { @MainActor in if busy != nil { busy = text } }
     }
 
     /// Runs what takes long, one at a time; what it throws is shown.

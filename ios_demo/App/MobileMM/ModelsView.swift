@@ -45,9 +45,9 @@ struct ModelsView: View {
             }
             .disabled(app.busy != nil)
             .navigationTitle("Models")
-            .fileImporter(isPresented: $showsImporter, allowedContentTypes: [.folder]) { result in
+            .fileImporter(isPresented: $showsImporter, allowedContentTypes: [.folder, .zip]) { result in
                 switch result {
-                case .success(let folder): Task { await app.add(folder: folder) }
+                case .success(let source): Task { await app.add(source) }
                 case .failure(let error): app.failure = error.localizedDescription
                 }
             }
