@@ -1,4 +1,4 @@
-"""Requests for drawings: each caption once as it is, once changed, and four questions that are no requests."""
+"""Requests for drawings: each caption as it is, once changed, and four questions that are no requests."""
 
 from __future__ import annotations
 
