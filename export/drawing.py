@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
-from mobilemm.export.split import SplitModel
 
 ROWS_PER_WIDTH = 4
 """Words of the vocabulary, in hidden widths, whose logits tell the hidden state."""
@@ -89,11 +88,11 @@ class Pictures(nn.Module):
     [0, 1].
     """
 
-    def __init__(self, split: SplitModel, steps: int | None = None) -> None:
+    def __init__(self, generator: Any, steps: int | None = None) -> None:
         from mobilemm.generation.sampling import UnrolledGenerator
 
         super().__init__()
-        self.unrolled = UnrolledGenerator(split.generator, steps)
+        self.unrolled = UnrolledGenerator(generator, steps)
 
     def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
         return self.unrolled(condition, noise)

@@ -185,8 +185,6 @@ def _drawing_parts(split: SplitModel, spec: DecoderSpec, steps: int | None) -> d
     projector: Any = split.output_projector
     words = words_read(spec.vocab_size, spec.hidden_size)
     reads = OutputProjector(projector, words, spec.hidden_size, spec.logit_softcap)
-    pictures = Pictures(split, steps)
-    noises = pictures.unrolled.table.noises
     return {
         "output_projector": Part(
             "output_projector",
@@ -194,13 +192,15 @@ def _drawing_parts(split: SplitModel, spec: DecoderSpec, steps: int | None) -> d
             {"signal_logits": torch.zeros(1, len(split.signal_token_ids), words)},
             ("condition",),
         ),
-        "generator": Part(
-            "generator",
-            pictures.eval(),
-            {
-                "condition": torch.zeros(1, projector.num_tokens, projector.width),
-                "noise": torch.zeros(1, noises, *split.generator.latent_shape),
-            },
-            ("picture",),
-        ),
+        "generator": generator_part(split.generator, steps),
     }
+
+
+def generator_part(generator: Any, steps: int | None = None) -> Part:
+    """A generator of so many steps (None: those it was made for), all in one graph."""
+    pictures = Pictures(generator, steps)
+    inputs = {
+        "condition": torch.zeros(1, *generator.condition_shape),
+        "noise": torch.zeros(1, pictures.unrolled.table.noises, *generator.latent_shape),
+    }
+    return Part("generator", pictures.eval(), inputs, ("picture",))

@@ -76,24 +76,13 @@ class QuantizedParts:
             return self._decoder(part, plan)
         if isinstance(part.module, OutputProjector):
             part.module.read_through(self._head(part.module.reader.in_features))
-        module = verify.share_tensors(part.module)
         if name == "embed":
+            module = verify.share_tensors(part.module)
             if (table := self._table()) is None:
                 return verify.with_weights(module, part.weights), plan
             module.table = QuantizedEmbedding(table)
             return module.eval(), plan
-        if name == "generator" and plan.default.quantized:
-            quantize_convolutions(module, _per_channel(plan), name)
-        linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-        _refuse_unused(part.name, plan, linears)
-        for layer, linear in linears.items():
-            scheme = plan.scheme(layer)
-            if scheme.quantized:
-                owner, _, last = layer.rpartition(".")
-                weight = quantize(linear.weight.detach().float(), scheme, f"{part.name}.{layer}")
-                bias = None if linear.bias is None else linear.bias.detach().float()
-                setattr(module.get_submodule(owner), last, QuantizedLinear(weight, bias))
-                page_out(linear.weight.detach())
+        module = quantize_linears(part, plan)
         if plan.activations != "int8-static":
             return verify.with_weights(module, part.weights), plan
         self.report(f"{name}: measuring what its layers are fed")
@@ -183,6 +172,24 @@ class QuantizedParts:
             weight = self.model.parts["embed"].weights["table.weight"]
             self._made_table = quantize(weight, scheme, "embed.table")
         return self._made_table
+
+
+def quantize_linears(part: Part, plan: PartPlan) -> nn.Module:
+    """The part's module with its linear layers as the plan stores them, and a generator's convolutions."""
+    module = verify.share_tensors(part.module)
+    if part.name == "generator" and plan.default.quantized:
+        quantize_convolutions(module, _per_channel(plan), part.name)
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    _refuse_unused(part.name, plan, linears)
+    for layer, linear in linears.items():
+        scheme = plan.scheme(layer)
+        if scheme.quantized:
+            owner, _, last = layer.rpartition(".")
+            weight = quantize(linear.weight.detach().float(), scheme, f"{part.name}.{layer}")
+            bias = None if linear.bias is None else linear.bias.detach().float()
+            setattr(module.get_submodule(owner), last, QuantizedLinear(weight, bias))
+            page_out(linear.weight.detach())
+    return module
 
 
 def _per_channel(plan: PartPlan) -> PartPlan:

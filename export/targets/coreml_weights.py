@@ -58,6 +58,8 @@ class _Stored(nn.Module):
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
+        # While they are traced, diffusers' models ask a tensor of theirs where it is.
+        self.register_buffer("place", torch.empty(0), persistent=False)
         self.weight, self.number = weight, next(_NUMBERS)
         _KNOWN[self.number] = weight
 

@@ -1,4 +1,4 @@
-"""Gives a model what it needs to draw: signal tokens in its vocabulary, and an output projector."""
+"""What a model needs to draw, signal tokens in its vocabulary and an output projector: given and taken."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def learn_to_draw(
             rows.add_(table.mean(0).cpu())
     model.signal_tokens = signals.to(table)
     model.output_projector = projector.to(table) if projector is not None else None
+
+
+def forget_drawing(model: MobileMMForConditionalGeneration) -> None:
+    """Takes signal tokens and output projector away; the tokenizer keeps the words, without a meaning."""
+    model.signal_tokens = model.output_projector = None
+    model.config.signal_token_ids = model.config.output_projector = None

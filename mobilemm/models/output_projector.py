@@ -50,7 +50,8 @@ class MLPOutputProjector(nn.Module):
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        self.num_tokens, self.width, self.normalize = num_tokens, width, normalize
+        self.num_tokens, self.width = num_tokens, width
+        self.length = UnitRMSNorm(width) if normalize else nn.Identity()
         self.layers = nn.Sequential(
             nn.LayerNorm(text_width),
             nn.Linear(text_width, hidden),
@@ -60,7 +61,7 @@ class MLPOutputProjector(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         condition = self.layers(states.mean(1)).unflatten(1, (self.num_tokens, self.width))
-        return _unit(condition) if self.normalize else condition
+        return self.length(condition)
 
 
 class TransformerOutputProjector(nn.Module):
@@ -85,7 +86,8 @@ class TransformerOutputProjector(nn.Module):
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden {hidden} is not a multiple of heads {heads}")
-        self.num_tokens, self.width, self.normalize = num_tokens, width, normalize
+        self.num_tokens, self.width = num_tokens, width
+        self.length = UnitRMSNorm(width) if normalize else nn.Identity()
         self.states_norm = nn.LayerNorm(text_width)
         self.input = nn.Linear(text_width, hidden)
         self.positions = nn.Parameter(torch.randn(signal_tokens, hidden) * QUERY_STD)
@@ -107,8 +109,7 @@ class TransformerOutputProjector(nn.Module):
         queries = self.queries.expand(states.shape[0], -1, -1)
         for block in self.decoder:
             queries = block(queries, read)
-        condition = self.output(self.norm(queries))
-        return _unit(condition) if self.normalize else condition
+        return self.length(self.output(self.norm(queries)))
 
 
 class TransformerBlock(nn.Module):
@@ -153,8 +154,18 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def _unit(condition: Tensor) -> Tensor:
-    return nn.functional.normalize(condition, dim=-1)
+class UnitRMSNorm(nn.Module):
+    """Each token to length 1. As an RMS norm, by whose name targets know what to lower: 1/√width its weight."""
+
+    weight: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.full((width,), width**-0.5), persistent=False)
+        self.variance_epsilon = 1e-12
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.normalize(tokens, dim=-1)
 
 
 OUTPUT_PROJECTORS: dict[str, type[nn.Module]] = {

@@ -25,7 +25,7 @@ from mobilemm.data.processor import drawings_of
 from mobilemm.errors import MobileMMError
 from mobilemm.generation.conditions import open_condition_encoder
 from mobilemm.generation.generator import read_condition
-from mobilemm.models.drawing import learn_to_draw
+from mobilemm.models.drawing import forget_drawing, learn_to_draw
 from mobilemm.models.modeling import IGNORE_INDEX, MobileMMForConditionalGeneration
 from mobilemm.training.recipe import Drawing
 
@@ -106,6 +106,8 @@ def prepare_to_draw(model: MobileMMForConditionalGeneration, processor: Any, set
     Raises MobileMMError when the generator is not there, or a model's own projector has another shape.
     """
     _, (tokens, width) = read_condition(settings.generator)
+    if settings.anew:
+        forget_drawing(model)
     if model.output_projector is None:
         options = {"num_tokens": tokens, "width": width, **settings.projector}
         learn_to_draw(model, processor, settings.signal_tokens, options)

@@ -101,6 +101,7 @@ class Drawing(_Section):
     """
 
     generator: Path = Field(description="folder of the generator, whose text condition is aimed at")
+    anew: bool = Field(default=False, description="forget how the model draws, and begin as one that has not")
     signal_tokens: int = Field(gt=0, le=64, default=4, description="of a model that has none yet")
     projector: dict[str, Any] = Field(
         default={"type": "transformer"}, description="of a model that has none yet; its type and options"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mobilemm.doctor import installed
 from mobilemm.errors import MobileMMError
-from mobilemm.models.checkpoints.reading import DEFAULT_MODEL, load
+from mobilemm.models.checkpoints.reading import DEFAULT_MODEL, generator_folder, load
 from mobilemm.models.checkpoints.writing import save
 from mobilemm.models.modeling import MobileMMForConditionalGeneration
 from mobilemm.training.parts import low_rank_config, trained_parameters
@@ -41,7 +41,8 @@ def write_result(
     if adapted:
         write_adapter(place, recipe, model, processor)
     else:
-        save(model, place, processor, layout="mobilemm")
+        drawer = recipe.drawing.generator if recipe.drawing is not None else generator_folder(recipe.model)
+        save(model, place, processor, layout="mobilemm", generator=drawer)
     loss = [[row["step"], row["loss"]] for row in history if "loss" in row]
     result = {"recipe": recipe.model_dump(mode="json"), "versions": installed(PACKAGES), "loss": loss}
     (run / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -93,4 +94,4 @@ def merge(adapter: Path, folder: Path, base: str | None = None) -> Path:
     if not (adapter / "adapter_config.json").is_file():
         raise MobileMMError(f"{adapter}: no adapter here (adapter_config.json is missing)")
     model, processor = load(adapter, base=base)
-    return save(model, folder, processor)
+    return save(model, folder, processor, generator=generator_folder(base or adapter))

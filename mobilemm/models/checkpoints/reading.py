@@ -111,9 +111,14 @@ def resolve_folder(path: str | Path | None) -> Path:
 
 
 def generator_folder(path: str | Path | None) -> Path | None:
-    """A model's generator, the folder `generator/` in diffusers' layout beside config.json; None without."""
-    folder = resolve_folder(path) / GENERATOR
-    return folder if folder.is_dir() else None
+    """A model's generator, the folder `generator/` in diffusers' layout beside config.json; None without.
+
+    An adapter that has none of its own has its base model's.
+    """
+    folder = resolve_folder(path)
+    if is_adapter(folder) and not (folder / GENERATOR).is_dir():
+        folder = resolve_folder(adapter_base(folder))
+    return folder / GENERATOR if (folder / GENERATOR).is_dir() else None
 
 
 def read_empty_model(

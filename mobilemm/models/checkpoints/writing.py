@@ -13,6 +13,7 @@ from transformers import LlavaProcessor
 
 from mobilemm.errors import MobileMMError
 from mobilemm.models.checkpoints.layouts import LAYOUTS
+from mobilemm.models.checkpoints.reading import GENERATOR
 from mobilemm.models.configuration import MobileMMConfig
 from mobilemm.models.modeling import MobileMMForConditionalGeneration
 
@@ -24,12 +25,14 @@ def save(
     *,
     layout: str | None = None,
     max_shard_size: str = "5GB",
+    generator: Path | None = None,
 ) -> Path:
     """Writes `model` into a new folder, as "mobilevlm", "llava", "llava-hf" or "mobilemm".
 
     Without `layout` it is the one that the model was read from. The official code and llama.cpp read what is
     written. A tower that the checkpoint only named is not written either, but for llava-hf, which holds its
-    own. The folder appears when it is whole.
+    own. `generator` is a folder of what a model that draws draws with, of which a copy goes along. The
+    folder appears when it is whole.
 
     Raises MobileMMError when the folder exists, or when the layout cannot hold this model.
     """
@@ -56,6 +59,8 @@ def save(
             )
         if processor is not None:
             _save_processor(processor, writing, name, model.config)
+        if generator is not None:
+            shutil.copytree(generator, writing / GENERATOR)
         writing.chmod(0o755)
         writing.rename(target)
     except BaseException:
