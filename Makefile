@@ -94,14 +94,16 @@ test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) #
 IOS := build/ios
 test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## run the iOS demo's tests on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(IOS)/vectors
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing --also coreml
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording \
-		$(IOS)/drawing/drawer-coreml $(IOS)/vectors/pictures $(IOS)/recording
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing --also coreml --also executorch
+	for target in coreml executorch; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording \
+		$(IOS)/drawing/drawer-$$target $(IOS)/vectors/pictures $(IOS)/recording || exit 1; done
 	$(BIN)/python -m tests.ios.recording $(IOS)/default-coreml $(IOS)/vectors/pictures $(IOS)/recording --short
 	$(BIN)/python -m tests.ios.zips $(IOS)/vectors/tiny-onnx $(IOS)/zips
 	$(BIN)/python ios_demo/build.py check
 	$(BIN)/python ios_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(IOS)/vectors \
 		--coreml-bundle $(IOS)/drawing/drawer-coreml --coreml-default $(IOS)/default-coreml \
+		--executorch-bundle $(IOS)/drawing/drawer-executorch \
 		--recording $(IOS)/recording --drawing $(IOS)/drawing --zips $(IOS)/zips
 	$(BIN)/python -m pytest tests/ios
 

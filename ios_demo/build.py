@@ -86,7 +86,7 @@ def test(folders: dict[str, Path], sanitize: str | None, options: Sequence[str])
 # In the order in which they need each other.
 STAND_INS = (
     *("CoreGraphics", "CoreVideo", "CoreML", "CryptoKit", "ImageIO", "os", "UniformTypeIdentifiers", "UIKit"),
-    *("SwiftUI", "PhotosUI", "Charts", "AppIntents"),
+    *("SwiftUI", "PhotosUI", "Charts", "AppIntents", "ExecuTorch"),
 )
 
 
@@ -127,7 +127,10 @@ def main() -> None:
     testing.add_argument("--vectors", type=Path, required=True, help="by tests/phone_vectors.py")
     testing.add_argument("--coreml-bundle", type=Path, required=True, help="by tests/ios/drawing.py")
     testing.add_argument("--coreml-default", type=Path, required=True, help="of the model that ships")
-    testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of both")
+    testing.add_argument("--executorch-bundle", type=Path, required=True, help="by tests/ios/drawing.py")
+    testing.add_argument(
+        "--recording", type=Path, required=True, help="by tests/ios/recording.py, of all"
+    )
     testing.add_argument("--drawing", type=Path, required=True, help="by tests/ios/drawing.py")
     testing.add_argument("--zips", type=Path, required=True, help="by tests/ios/zips.py")
     testing.add_argument("--sanitize", choices=["address", "thread"])
@@ -140,7 +143,10 @@ def main() -> None:
         if arguments.command == "check":
             check()
         elif arguments.command == "test":
-            names = ("bundle", "vectors", "coreml_bundle", "coreml_default", "recording", "drawing", "zips")
+            names = (
+                *("bundle", "vectors", "coreml_bundle", "coreml_default", "executorch_bundle"),
+                *("recording", "drawing", "zips"),
+            )
             folders = {name: getattr(arguments, name) for name in names}
             test(folders, arguments.sanitize, arguments.options)
         else:

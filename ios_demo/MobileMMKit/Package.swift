@@ -7,7 +7,11 @@ let linux = TargetDependencyCondition.when(platforms: [.linux])
 
 // On Linux the branches for Apple's systems are compiled too when MOBILEMM_STAND_INS is set, against modules with the
 // names and signatures of Apple's (StandIns): `make test-ios` does so. Nothing of them is in what is built otherwise.
-let standIns = Context.environment["MOBILEMM_STAND_INS"] == nil ? [] : ["CoreML", "CoreVideo"]
+let standIns = Context.environment["MOBILEMM_STAND_INS"] == nil ? [] : ["CoreML", "CoreVideo", "ExecuTorch"]
+
+// ExecuTorch bundles need ExecuTorch's own package, by its version: MOBILEMM_EXECUTORCH=1.5.0 swift build.
+let executorch = Context.environment["MOBILEMM_EXECUTORCH"]
+let executorchProducts = ["executorch", "backend_xnnpack", "kernels_llm", "kernels_optimized", "kernels_quantized"]
 
 let package = Package(
     name: "MobileMMKit",
@@ -16,8 +20,11 @@ let package = Package(
         .library(name: "MobileMMKit", targets: ["MobileMMKit"]),
         .executable(name: "mobilemm-swift", targets: ["mobilemm-swift"]),
     ],
+    dependencies: executorch.map {
+        [.package(url: "https://github.com/pytorch/executorch.git", branch: "swiftpm-\($0)")]
+    } ?? [],
     targets: standIns.map { name in
-        .target(name: name, dependencies: name == "CoreVideo" ? [] : ["CoreVideo"], path: "StandIns/\(name)")
+        .target(name: name, dependencies: name == "CoreML" ? ["CoreVideo"] : [], path: "StandIns/\(name)")
     } + [
         .systemLibrary(name: "COnnxRuntime"),
         .systemLibrary(name: "CPng", providers: [.apt(["libpng-dev"])]),
@@ -30,7 +37,8 @@ let package = Package(
                 .target(name: "CPng", condition: linux),
                 .target(name: "CTurboJpeg", condition: linux),
                 "CZlib",
-            ] + standIns.map { .target(name: $0, condition: linux) }),
+            ] + standIns.map { .target(name: $0, condition: linux) }
+                + (executorch == nil ? [] : executorchProducts.map { .product(name: $0, package: "executorch") })),
         .executableTarget(name: "mobilemm-swift", dependencies: ["MobileMMKit"]),
         .testTarget(name: "MobileMMKitTests", dependencies: ["MobileMMKit"]),
     ],

@@ -23,6 +23,9 @@ public protocol Backend: AnyObject, Sendable {
     /// What runs it here, for people: a name and a version.
     var runtime: String { get }
 
+    /// Whether a prompt goes to the decoder in pieces: each text, and each picture by itself.
+    var prefillsInPieces: Bool { get }
+
     /// Loads a part now. Throws ``MobileMMError`` when it cannot be loaded.
     func load(_ part: String) throws
 
@@ -42,24 +45,28 @@ public protocol Backend: AnyObject, Sendable {
     func resume()
 }
 
-/// What runs this bundle on this device: Core ML on Apple's systems, ONNX Runtime on Linux.
+extension Backend {
+    public var prefillsInPieces: Bool { false }
+}
+
+/// What runs this bundle on this device: Core ML on Apple's systems, ONNX Runtime on Linux, ExecuTorch where it is linked.
 ///
 /// Throws ``MobileMMError`` for targets that it has no runtime for.
 public func openBackend(_ bundle: ModelBundle, threads: Int = 0) async throws -> any Backend {
-    switch bundle.manifest.target {
+    var known: [String] = []
     #if canImport(CoreML)
-        case "coreml": return try await CoreMLBackend.open(bundle)
+        if bundle.manifest.target == "coreml" { return try await CoreMLBackend.open(bundle) }
+        known.append("coreml")
     #endif
     #if canImport(COnnxRuntime)
-        case "onnx": return try OnnxBackend(bundle, threads: threads)
+        if bundle.manifest.target == "onnx" { return try OnnxBackend(bundle, threads: threads) }
+        known.append("onnx")
     #endif
-    default:
-        var known = "coreml"
-        #if canImport(COnnxRuntime)
-            known = "onnx"
-        #endif
-        throw MobileMMError(
-            "\(bundle.folder.path): is for \(bundle.manifest.target), and this system runs bundles for \(known):"
-                + " export the model with --target \(known)")
-    }
+    #if canImport(ExecuTorch)
+        if bundle.manifest.target == "executorch" { return ExecuTorchBackend(bundle) }
+        known.append("executorch")
+    #endif
+    throw MobileMMError(
+        "\(bundle.folder.path): is for \(bundle.manifest.target), and this system runs bundles for"
+            + " \(known.joined(separator: " and ")): export the model with --target \(known[0])")
 }

@@ -127,49 +127,25 @@
             return made
         }
 
-        /// Pictures one by one: features (tokens, hidden) below each other.
         private func look(_ package: CoreMLPackage, _ pixels: Tensor?) throws -> Tensor {
-            guard let pixels, pixels.shape[0] > 0 else {
-                throw MobileMMError("\(package.file.path): no picture to look at")
-            }
-            var rows: [Tensor] = []
-            for picture in 0..<pixels.shape[0] {
+            try lookOneByOne(pixels, package.file.path) { picture in
                 try check()
-                let found = try package.run(["pixels": try pixels.slice(axis: 0, picture..<picture + 1)], nil, nil)
-                rows.append(try output("image_features", of: "vision", in: found))
+                return try output("image_features", of: "vision", in: try package.run(["pixels": picture], nil, nil))
             }
-            let width = rows[0].shape.last!
-            let all = try Tensor(.float32, [rows.reduce(0) { $0 + $1.count / width }, width])
-            var at = 0
-            for tensor in rows { at = all.floats.write(tensor.floats, from: at) }
-            return all
         }
 
-        /// Rows of the table, and pictures' features in the places of their placeholders, in reading order.
-        ///
-        /// A placeholder beyond the features is the model's own word, where its table has it.
         private func embed(_ package: CoreMLPackage, _ ids: Tensor?, _ features: Tensor?) throws -> Tensor {
-            let model = bundle.manifest.model
-            let ids = try ids?.wholeNumbers() ?? []
-            let isBeyond = model.imageTokenId >= model.vocabSize
-            let known = ids.map { isBeyond && $0 == model.imageTokenId ? 0 : $0 }
             let longest = try package.sizes(nil, "input_ids")[1].upperBound
-            let all = try Tensor(.float32, [1, ids.count, model.hiddenSize])
-            var at = 0
-            for start in stride(from: 0, to: known.count, by: longest) {
-                let piece = known[start..<min(start + longest, known.count)]
-                let input = try Tensor(.int32, [1, piece.count])
-                _ = input.values(Int32.self).write(piece.map(Int32.init))
-                let rows = try output("inputs_embeds", of: "embed", in: try package.run(["input_ids": input], nil, nil))
-                at = all.floats.write(rows.floats, from: at)
+            return try embedWithImages(try ids?.wholeNumbers() ?? [], features, bundle.manifest.model) { known, rows in
+                var at = 0
+                for start in stride(from: 0, to: known.count, by: longest) {
+                    let piece = known[start..<min(start + longest, known.count)]
+                    let input = try Tensor(.int32, [1, piece.count])
+                    _ = input.values(Int32.self).write(piece.map(Int32.init))
+                    let found = try package.run(["input_ids": input], nil, nil)
+                    at = rows.write(try output("inputs_embeds", of: "embed", in: found).floats, from: at)
+                }
             }
-            guard let features = try features?.toFloats(), features.count > 0 else { return all }
-            let places = ids.indices.filter { ids[$0] == model.imageTokenId }
-            for (row, place) in places.prefix(features.shape[0]).enumerated() {
-                let width = model.hiddenSize
-                _ = all.floats.write(features.floats[row * width..<(row + 1) * width], from: place * width)
-            }
-            return all
         }
     }
 
@@ -264,23 +240,6 @@
                 inputs["last_index"] = last
             }
             return try output("logits", of: "decoder", in: try package.run(inputs, function, state))
-        }
-
-        private func textPositions(_ range: Range<Int>) throws -> Tensor {
-            let found = try Tensor(.int64, [3, 1, range.count])
-            _ = found.values(Int64.self).write((0..<3).flatMap { _ in range.map(Int64.init) })
-            return found
-        }
-    }
-
-    extension Tensor {
-        /// Of int64 or int32.
-        fileprivate func wholeNumbers() throws -> [Int] {
-            switch dtype {
-            case .int64: return values(Int64.self).map(Int.init)
-            case .int32: return values(Int32.self).map(Int.init)
-            default: throw MobileMMError("ids of \(dtype.rawValue)")
-            }
         }
     }
 #endif

@@ -150,13 +150,6 @@
             return found
         }
 
-        private func textPositions(_ range: Range<Int>) throws -> Tensor {
-            let found = try Tensor(.int64, [3, 1, range.count])
-            let values = found.values(Int64.self)
-            for line in 0..<3 { for (index, place) in range.enumerated() { values[line * range.count + index] = Int64(place) } }
-            return found
-        }
-
         /// The next power of two, but no more than the context.
         private func room(_ total: Int) -> Int {
             var power = 1

@@ -382,7 +382,27 @@ public actor Session {
 
     /// Appends to the cache; logits (vocabulary) behind the last id.
     private func feed(_ ids: [Int], _ rows: Tensor?, _ positions: Tensor?) throws -> Values<Float> {
-        try decoder!.decode(try embedded(ids, rows), positions: positions)
+        let embeds = try embedded(ids, rows)
+        var logits: Values<Float>?
+        for piece in pieces(ids, rows?.shape[0] ?? 0) {
+            let places = try positions?.slice(axis: 2, piece)
+            logits = try decoder!.decode(try embeds.slice(axis: 1, piece), positions: places)
+        }
+        return logits!
+    }
+
+    /// What the decoder is fed at once: all ids, or each text and each picture that has features.
+    private func pieces(_ ids: [Int], _ rows: Int) -> [Range<Int>] {
+        var (found, start) = ([Range<Int>](), 0)
+        if backend.prefillsInPieces {
+            let places = Array(ids.indices.filter { ids[$0] == model.imageTokenId }.prefix(rows))
+            for place in stride(from: 0, to: places.count, by: max(model.numImageTokens, 1)).map({ places[$0] }) {
+                if place > start { found.append(start..<place) }
+                start = min(place + model.numImageTokens, ids.count)
+                found.append(place..<start)
+            }
+        }
+        return start < ids.count ? found + [start..<ids.count] : found
     }
 
     /// Embeddings (1, ids, hidden) of what the cache is about to hold.

@@ -8,65 +8,24 @@
     /// The Core ML backend over a stand-in for Core ML, which answers from a run recorded on the reference interpreter,
     /// and knows the packages' own specifications.
     final class CoreMLTests: XCTestCase {
-        private static let recordings = URL(fileURLWithPath: ProcessInfo.processInfo.environment["MOBILEMM_RECORDING"]!)
-        private static let bundle = Result { try open("MOBILEMM_COREML_BUNDLE") }
+        private static let bundle = Result { try Recorded.open("MOBILEMM_COREML_BUNDLE") }
         /// The model that ships with mobilemm.
-        private static let full = Result { try open("MOBILEMM_COREML_DEFAULT") }
-
-        private static func open(_ variable: String) throws -> ModelBundle {
-            try ModelBundle.open(URL(fileURLWithPath: ProcessInfo.processInfo.environment[variable]!))
-        }
-
-        private func recorded(_ bundle: ModelBundle, _ name: String) throws -> Data {
-            let folder = Self.recordings.appendingPathComponent(bundle.folder.lastPathComponent)
-            return try Data(contentsOf: folder.appendingPathComponent(name))
-        }
-
-        /// Says again what Python's session said; every answer's tokens, and every drawing, must be the same.
-        private func replay(_ bundle: ModelBundle, keepVision: Bool = true) async throws -> (tokens: [Int], drawings: Int) {
-            let run = try Json.parse(try recorded(bundle, "run.json")).object!
-            let backend = try await openBackend(bundle)
-            let sampling = Sampling(maxNewTokens: run.int("max_new_tokens"), seed: UInt64(run.int("seed")))
-            let session = try await Session(bundle, backend, sampling: sampling, keepVision: keepVision)
-            var (tokens, count) = ([Int](), 0)
-            for turn in run.objects("turns") {
-                if turn["reset"] != nil { await session.reset() }
-                for image in turn.strings("images") { try await session.lookAt(try Vectors.picture(image)) }
-                var (text, drawings): (String, [Drawing]) = ("", [])
-                for try await piece in session.stream(turn.string("text")) {
-                    text += piece.text
-                    if case .drawing(let drawing) = piece { drawings.append(drawing) }
-                }
-                let ids = await session.answerIds
-                XCTAssertEqual(ids, turn.ints("ids"))
-                assertSame(text, turn.string("answer"))
-                let wanted = turn.objects("drawings")
-                XCTAssertEqual(drawings.count, wanted.count)
-                for (drawing, one) in zip(drawings, wanted) {
-                    XCTAssertEqual([drawing.picture.width, drawing.picture.height], [one.int("width"), one.int("height")])
-                    let ratio = drawing.picture.psnr([UInt8](try recorded(bundle, one.string("file"))))
-                    XCTAssertGreaterThanOrEqual(ratio, 45)
-                }
-                tokens += ids
-                count += drawings.count
-            }
-            return (tokens, count)
-        }
+        private static let full = Result { try Recorded.open("MOBILEMM_COREML_DEFAULT") }
 
         func testAConversationAboutTwoPicturesAndADrawingArePythonsTokenForToken() async throws {
-            let (tokens, drawings) = try await replay(try Self.bundle.get())
+            let (tokens, drawings) = try await Recorded.replay(try Self.bundle.get())
             XCTAssertGreaterThanOrEqual(tokens.count, 4 * 65)
             XCTAssertGreaterThanOrEqual(drawings, 2)
         }
 
         func testReleasingThePartsThatSeeAndDrawChangesNothing() async throws {
-            _ = try await replay(try Self.bundle.get(), keepVision: false)
+            _ = try await Recorded.replay(try Self.bundle.get(), keepVision: false)
         }
 
         /// The real packages' names, shapes, types and states.
         func testTheDefaultModelAnswersAboutAPictureAsInPython() async throws {
             let bundle = try Self.full.get()
-            let (tokens, drawings) = try await replay(bundle)
+            let (tokens, drawings) = try await Recorded.replay(bundle)
             XCTAssertGreaterThanOrEqual(tokens.count, 8)
             XCTAssertEqual(drawings > 0, bundle.manifest.generation != nil)
         }
@@ -116,7 +75,7 @@
         /// What the backend asks for by name is what the packages' specifications have.
         func testTheNamesAreThoseOfThePackages() throws {
             for bundle in [try Self.bundle.get(), try Self.full.get()] {
-                let parts = try Json.parse(try recorded(bundle, "interfaces.json")).object!
+                let parts = try Json.parse(try Recorded.data(bundle, "interfaces.json")).object!
                 func names(_ part: String, _ function: Int, _ side: String) -> Set<String> {
                     Set(parts[part]!.array![function].object!.objects(side).map { $0.string("name") })
                 }
