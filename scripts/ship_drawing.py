@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from mobilemm.models.checkpoints.default import CONFIG, DRAWING, shipped_files
 
+PREFIXES = ("signal_tokens.", "output_projector.")
 KEYS = ("image_token_id", "output_projector", "signal_token_ids")
 
 
@@ -24,7 +25,7 @@ def main() -> None:
         sys.exit(__doc__)
     trained, shipped = Path(sys.argv[1]), shipped_files()
     with safe_open(trained / "model.safetensors", "pt") as weights:
-        names = [name for name in weights.keys() if name.startswith(("signal_tokens.", "output_projector."))]
+        names = [name for name in weights.keys() if name.startswith(PREFIXES)]  # noqa: SIM118
         kept = {name: weights.get_tensor(name).half() for name in names}
     save_file(kept, shipped / DRAWING)
     settings = json.loads((trained / CONFIG).read_text(encoding="utf-8"))

@@ -155,7 +155,7 @@ class Attention(nn.Module):
 
 
 class UnitRMSNorm(nn.Module):
-    """Each token to length 1. As an RMS norm, by whose name targets know what to lower: 1/√width its weight."""
+    """Each token to length 1: an RMS norm whose weight is 1/√width, for targets to lower as such."""
 
     weight: Tensor
 
