@@ -93,6 +93,7 @@ def _evaluate_drawings(
     with console.status("loading") as status:
         from mobilemm.evaluation.drawing import evaluate_drawings
         from mobilemm.models.checkpoints.default import shipped_files
+        from mobilemm.models.checkpoints.reading import DEFAULT_MODEL
         from mobilemm.runtime.pytorch import quiet
 
         quiet()
@@ -108,4 +109,5 @@ def _evaluate_drawings(
         f" {score.real:.3f}, at 64 pixels {score.real_small:.3f}; chance {score.chance:.3f}"
     )
     if json is not None:
-        json.write_text(json_format.dumps(score.to_json(), indent=2) + "\n", encoding="utf-8")
+        named = score.to_json() | {"model": DEFAULT_MODEL if model is None else str(model)}
+        json.write_text(json_format.dumps(named, indent=2) + "\n", encoding="utf-8")
