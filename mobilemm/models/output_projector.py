@@ -157,12 +157,16 @@ class Attention(nn.Module):
 class UnitRMSNorm(nn.Module):
     """Each token to length 1: an RMS norm whose weight is 1/√width, for targets to lower as such."""
 
-    weight: Tensor
+    variance_epsilon = 1e-12
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.full((width,), width**-0.5), persistent=False)
-        self.variance_epsilon = 1e-12
+        self.width = width
+
+    @property
+    def weight(self) -> Tensor:
+        """No state of its own, since transformers begins each RMS norm's weight with ones."""
+        return torch.full((self.width,), self.width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return nn.functional.normalize(tokens, dim=-1)
