@@ -40,7 +40,7 @@
             let text = try String(contentsOf: manifest, encoding: .utf8)
             let length = "\"context_length\": \(whole.manifest.model.contextLength)"
             XCTAssertTrue(text.contains(length))
-            try Data(text.replacingOccurrences(of: length, with: "\"context_length\": 100").utf8).write(to: manifest)
+            try Data(text.replacingOccurrences(of: length, with: "\"context_length\": 400").utf8).write(to: manifest)
             let error = await failure { try await openBackend(try ModelBundle.open(folder)).load("decoder") }
             assertOneLine(error, "text_decoder")
         }
