@@ -128,9 +128,7 @@ def main() -> None:
     testing.add_argument("--coreml-bundle", type=Path, required=True, help="by tests/ios/drawing.py")
     testing.add_argument("--coreml-default", type=Path, required=True, help="of the model that ships")
     testing.add_argument("--executorch-bundle", type=Path, required=True, help="by tests/ios/drawing.py")
-    testing.add_argument(
-        "--recording", type=Path, required=True, help="by tests/ios/recording.py, of all"
-    )
+    testing.add_argument("--recording", type=Path, required=True, help="by tests/ios/recording.py, of all")
     testing.add_argument("--drawing", type=Path, required=True, help="by tests/ios/drawing.py")
     testing.add_argument("--zips", type=Path, required=True, help="by tests/ios/zips.py")
     testing.add_argument("--sanitize", choices=["address", "thread"])
