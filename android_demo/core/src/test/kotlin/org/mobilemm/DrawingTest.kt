@@ -107,7 +107,7 @@ class DrawingTest {
         tiny { drawsAsPython(tiny, it, folder) }
     }
 
-    /** Its activations are rounded to 8 bits, and one that falls to the other side moves the condition: so the lower floor. */
+    /** Its activations are rounded to 8 bits: one that falls to the other side moves the picture. */
     @Test fun `the default model draws as in Python, too, if it draws`() {
         assertEquals(Vectors.bundle.manifest.generation != null, Vectors.file("drawings").isDirectory)
         if (Vectors.bundle.manifest.generation != null) drawsAsPython(Vectors.bundle, Vectors.backend, Vectors.file("drawings"), floor = 15.0)
