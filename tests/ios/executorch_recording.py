@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -31,16 +32,17 @@ def interfaces(bundle: Bundle) -> dict[str, dict[str, list[dict[str, Any]]]]:
     return found
 
 
-class Recorder:
+class RecordingProgram(ExecutorchProgram):
     """A program whose calls are kept."""
 
-    def __init__(self, program: ExecutorchProgram, calls: Calls) -> None:
-        self._program, self._calls = program, calls
+    def __init__(self, path: Path, threads: int, calls: Calls) -> None:
+        super().__init__(path, threads)
+        self.calls = calls
 
     def __call__(self, method: str, *inputs: NDArray[Any]) -> NDArray[Any]:
-        output = self._program(method, *inputs)
-        given = [self._calls.keep(value) for value in inputs]
-        self._calls.made.append({"method": method, "inputs": given, "output": self._calls.keep(output)})
+        output = super().__call__(method, *inputs)
+        given = [self.calls.keep(value) for value in inputs]
+        self.calls.made.append({"method": method, "inputs": given, "output": self.calls.keep(output)})
         return output
 
 
@@ -49,10 +51,12 @@ class RecordingExecutorchBackend(ExecutorchBackend):
         super().__init__(bundle, 1)
         self.calls = calls
 
-    def program(self, part: str) -> Any:
-        return Recorder(super().program(part), self.calls)
+    def program(self, part: str) -> ExecutorchProgram:
+        if part not in self._programs:
+            self._programs[part] = RecordingProgram(self.bundle.part_path(part), 1, self.calls)
+        return self._programs[part]
 
     def decoder(self) -> ExecutorchDecoder:
         decoder = super().decoder()
-        decoder.program = Recorder(decoder.program, self.calls)  # type: ignore[assignment]
+        decoder.program = RecordingProgram(self.bundle.part_path("decoder"), 1, self.calls)
         return decoder

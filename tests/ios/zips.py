@@ -37,18 +37,11 @@ def packed(files: Files, method: int = zipfile.ZIP_DEFLATED, top: str = "", zip6
     return target.getvalue()
 
 
-class Unseekable(io.RawIOBase):
+class Unseekable(io.BytesIO):
     """Makes zipfile write sizes behind the data, as streams have them."""
 
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.data += data
-        return len(data)
+    def tell(self) -> int:
+        raise io.UnsupportedOperation("tell")
 
 
 def streamed(files: Files) -> bytes:
@@ -56,7 +49,7 @@ def streamed(files: Files) -> bytes:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(name, LONG_AGO), data, zipfile.ZIP_DEFLATED)
-    return bytes(target.data)
+    return target.getvalue()
 
 
 def linked(files: Files, name: str, to: str) -> bytes:

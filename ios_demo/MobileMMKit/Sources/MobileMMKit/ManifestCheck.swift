@@ -192,12 +192,16 @@ private func onnxFaults(_ manifest: Manifest) throws {
     }
 }
 
+private func filesEnd(in ending: String, _ kind: String, _ manifest: Manifest) throws {
+    for (name, part) in manifest.parts.sorted(by: { $0.key < $1.key }) where !part.file.hasSuffix(ending) {
+        throw KeyFault("parts.\(name).file", "must be \(kind) in a bundle for \(manifest.target)")
+    }
+}
+
 /// Whether the parts are packages with the tensors that ``CoreMLBackend`` feeds and reads.
 private func coremlFaults(_ manifest: Manifest) throws {
     let model = manifest.model
-    for (name, part) in manifest.parts.sorted(by: { $0.key < $1.key }) where !part.file.hasSuffix(".mlpackage") {
-        throw KeyFault("parts.\(name).file", "must be an .mlpackage in a bundle for coreml")
-    }
+    try filesEnd(in: ".mlpackage", "an .mlpackage", manifest)
     try required(manifest)
     let (embed, decoder) = (manifest.parts["embed"]!, manifest.parts["decoder"]!)
     if manifest.image != nil {
@@ -217,9 +221,7 @@ private func coremlFaults(_ manifest: Manifest) throws {
 /// Whether the parts' tensors are those of the ExecuTorch contract, in the model's sizes.
 private func executorchFaults(_ manifest: Manifest) throws {
     let model = manifest.model
-    for (name, part) in manifest.parts.sorted(by: { $0.key < $1.key }) where !part.file.hasSuffix(".pte") {
-        throw KeyFault("parts.\(name).file", "must be a .pte file in a bundle for executorch")
-    }
+    try filesEnd(in: ".pte", "a .pte file", manifest)
     try required(manifest)
     let (embed, decoder) = (manifest.parts["embed"]!, manifest.parts["decoder"]!)
     let hidden = model.hiddenSize
