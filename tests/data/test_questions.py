@@ -81,7 +81,7 @@ def test_a_folder_of_questions(tmp_path: Path) -> None:
         rows.append(json.dumps(vars(pair) | {"keywords": list(pair.keywords)}))
     (pairs / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     counts = write_questions(pairs, tmp_path / "questions", counts=3)
-    # Nothing of the test split; counts of cat and boat; two requests and four other questions for each of seven.
+    # Nothing of the test split; counts of cat and boat; two requests, four other questions for each of 7.
     assert counts == {"about": 6, "count": 2, "draw": 7 * (2 + 4), "redraw": 7}
     about = open_source("messages", tmp_path / "questions" / "about.jsonl", images=pairs)
     counted = open_source("messages", tmp_path / "questions" / "count.jsonl")
