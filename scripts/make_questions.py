@@ -2,7 +2,8 @@
 
     python scripts/make_questions.py data/pairs data/questions
 
-`text.jsonl` holds questions without pictures and what SmolLM2 itself answered: it shall keep its tone.
+WordNet's nouns are those that `scripts/fetch_pairs.py` fetched, beside the pairs. `text.jsonl` holds
+questions without pictures and what SmolLM2 itself answered: it shall keep its tone.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from mobilemm.export.calibration import read_calibration
 
 
 def main(pairs: Path, folder: Path) -> None:
-    """Writes about.jsonl, count.jsonl and text.jsonl."""
-    rows = write_questions(pairs, folder)
+    """Writes the rows' files; prints how many each has."""
+    nouns = pairs.with_name(pairs.name + "-packages") / "wordnet" / "dict" / "data.noun"
+    rows = write_questions(pairs, folder, nouns=nouns)
     text = [{"messages": sample.messages} for sample in read_calibration() if not sample.files]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text), encoding="utf-8")
     for name, count in {**rows, "text": len(text)}.items():

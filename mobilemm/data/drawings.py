@@ -147,9 +147,7 @@ def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any
         if len(pair.caption.split()) == 1:
             other = draw.choice([f"{draw.choice(COLOURS)} {pair.caption}", other])
         for caption in (pair.caption, other):
-            request = draw.choice(REQUESTS).format(_noun(caption, draw))
-            drawing = {"type": "drawing", "caption": caption}
-            yield {"messages": [_said("user", request), {"role": "assistant", "content": [drawing]}]}
+            yield _request(caption, draw)
         words = _words(pair, draw)
         thing = with_article(pair.caption)
         for question, answer in draw.sample(QUESTIONS, 4):
@@ -161,6 +159,14 @@ def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any
             }
 
 
+def name_rows(names: Sequence[str], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Of each name one request, every fourth time for the thing in a colour."""
+    for name in names:
+        draw = random.Random(f"{seed}-{name}")
+        caption = f"{draw.choice(COLOURS)} {name}" if draw.random() < 0.25 else name
+        yield _request(caption, draw)
+
+
 def seen_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:
     """Of each picture the request to draw it again: through both halves of the model."""
     for pair in pairs:
@@ -170,6 +176,12 @@ def seen_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:
             "images": [pair.image],
             "messages": [_said("user", f"<image>\n{asked}"), {"role": "assistant", "content": [drawing]}],
         }
+
+
+def _request(caption: str, draw: random.Random) -> dict[str, Any]:
+    request = draw.choice(REQUESTS).format(_noun(caption, draw))
+    drawing = {"type": "drawing", "caption": caption}
+    return {"messages": [_said("user", request), {"role": "assistant", "content": [drawing]}]}
 
 
 def _said(role: str, text: str) -> dict[str, str]:

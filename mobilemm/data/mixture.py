@@ -179,10 +179,11 @@ class Mixture(Dataset):  # type: ignore[type-arg]
         return scanned.source.sample(scanned.rows[place], random.Random(f"{self.seed}-{position}"))
 
     def _encoded(self, sample: Sample) -> dict[str, Any]:
-        encoded = encode(self.processor, sample, self.max_length)
         if sample.name in self.states:
             states = self.states[sample.name]
-            return self.item(replace(encoded, images=[]), "signal_states" in states) | dict(states)
+            words = Encoded([], [], [], drawings_of(sample.messages))  # the model does not read them again
+            return self.item(words, "signal_states" in states) | dict(states)
+        encoded = encode(self.processor, sample, self.max_length)
         if sample.rejected is None:
             return self.item(encoded)
         messages = (*sample.messages[:-1], {"role": "assistant", "content": sample.rejected})

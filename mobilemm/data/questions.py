@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobilemm.data.drawings import drawing_rows, seen_rows
+from mobilemm.data.drawings import drawing_rows, name_rows, seen_rows
 from mobilemm.data.images import open_image
 from mobilemm.data.pairs import Pair, read_pairs
 from mobilemm.data.things import COLOURS, kind_of, with_article
+from mobilemm.data.wordnet import read_names
 from mobilemm.errors import MobileMMError
 
 if TYPE_CHECKING:
@@ -28,16 +29,20 @@ MOST_WORDS = 3
 _PLACES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2))
 
 
-def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0) -> dict[str, int]:
+def write_questions(
+    pairs: Path, folder: Path, counts: int = 600, seed: int = 0, nouns: Path | None = None
+) -> dict[str, int]:
     """Rows of questions about the training split of a folder of pairs, in the format `messages`.
 
     `about.jsonl`: two or three questions about each picture of `pairs`, among them one whose answer is yes
     and one whose answer is no; its image paths start in `pairs`. `count.jsonl`: how many things there are, on
     pictures made here of one to five copies. `draw.jsonl`: requests for pictures, and questions about the
-    same things that are none; `redraw.jsonl`: requests to draw a picture again. The same pairs and seed give
-    the same rows; the folder appears when it is whole. Returns the number of rows of each.
+    same things that are none; `redraw.jsonl`: requests to draw a picture again; `names.jsonl`, with `nouns`,
+    WordNet's data.noun: requests for pictures of more things, none of them a caption of the other splits. The
+    same pairs and seed give the same rows; the folder appears when it is whole. Returns the number of rows of
+    each.
 
-    Raises MobileMMError when the folder exists.
+    Raises MobileMMError when the folder exists, or `nouns` is another file.
     """
     if folder.exists():
         raise MobileMMError(f"{folder}: it is there already; remove it, or give a new folder")
@@ -51,6 +56,11 @@ def write_questions(pairs: Path, folder: Path, counts: int = 600, seed: int = 0)
             "draw": list(drawing_rows(known, seed)),
             "redraw": list(seen_rows(known, seed)),
         }
+        if nouns is not None:
+            others = (*read_pairs(pairs, "validation"), *read_pairs(pairs, "test"))
+            held_out = {pair.caption.lower() for pair in others}
+            names = [name for name in read_names(nouns) if name not in held_out]
+            found["names"] = list(name_rows(names, seed))
         for name, rows in found.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (writing / f"{name}.jsonl").write_text(text, encoding="utf-8")

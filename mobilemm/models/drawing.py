@@ -25,17 +25,26 @@ def learn_to_draw(
     if config.signal_token_ids:
         raise MobileMMError("this model has signal tokens already")
     ids = signal_tokens.add_to_tokenizer(processor.tokenizer, count)
-    config.signal_token_ids, config.output_projector = ids, dict(output_projector)
+    config.signal_token_ids = ids
     if config.image_token_id in ids:
         config.image_token_id = processor.image_token_id = max(config.text_config.vocab_size, ids[-1] + 1)
     table: Any = model.get_input_embeddings().weight
-    signals, projector = signal_tokens.new_signal_tokens(config), new_output_projector(config)
+    signals = signal_tokens.new_signal_tokens(config)
     assert signals is not None
     with torch.no_grad():
         for rows in signals.parameters():
             rows.add_(table.mean(0).cpu())
     model.signal_tokens = signals.to(table)
-    model.output_projector = projector.to(table) if projector is not None else None
+    renew_output_projector(model, output_projector)
+
+
+def renew_output_projector(model: MobileMMForConditionalGeneration, options: dict[str, Any]) -> None:
+    """A model that has signal tokens gets an output projector that has learned nothing yet."""
+    model.config.output_projector = dict(options)
+    projector = new_output_projector(model.config)
+    assert projector is not None
+    table: Any = model.get_input_embeddings().weight
+    model.output_projector = projector.to(table)
 
 
 def forget_drawing(model: MobileMMForConditionalGeneration) -> None:

@@ -35,10 +35,15 @@ def build_output_projector(options: dict[str, Any], *, text_width: int, signal_t
 
 
 class MLPOutputProjector(nn.Module):
-    """The mean of the states, through two linear layers with GELU between them.
+    """All states in a row, each number to mean 0 and deviation 1, through two linear layers, GELU between.
 
-    With `normalize`, each token of the condition has length 1, as sentence encoders give it.
+    A few of a language model's last states are an order larger than all others, and say least of what was
+    asked for: `standardize` sets what each number is measured by. With `normalize`, each token of the
+    condition has length 1, as sentence encoders give it. `dropout` is of the hidden layer, in training.
     """
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -48,19 +53,29 @@ class MLPOutputProjector(nn.Module):
         width: int,
         hidden: int = 512,
         normalize: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_tokens, self.width = num_tokens, width
         self.length = UnitRMSNorm(width) if normalize else nn.Identity()
+        self.register_buffer("mean", torch.zeros(signal_tokens, text_width))
+        self.register_buffer("scale", torch.ones(signal_tokens, text_width))
         self.layers = nn.Sequential(
-            nn.LayerNorm(text_width),
-            nn.Linear(text_width, hidden),
+            nn.Linear(signal_tokens * text_width, hidden),
             nn.GELU(),
+            nn.Dropout(dropout),
             nn.Linear(hidden, num_tokens * width),
         )
 
+    @torch.no_grad()
+    def standardize(self, states: Tensor) -> None:
+        """Measures by `states` (n, signal tokens, text_width), which the projector will learn from."""
+        self.mean.copy_(states.mean(0))
+        self.scale.copy_(1 / states.std(0).clamp(min=1e-3))
+
     def forward(self, states: Tensor) -> Tensor:
-        condition = self.layers(states.mean(1)).unflatten(1, (self.num_tokens, self.width))
+        measured = (states - self.mean) * self.scale
+        condition = self.layers(measured.flatten(1)).unflatten(1, (self.num_tokens, self.width))
         return self.length(condition)
 
 

@@ -25,12 +25,13 @@ from mobilemm.data.processor import drawings_of
 from mobilemm.errors import MobileMMError
 from mobilemm.generation.conditions import open_condition_encoder
 from mobilemm.generation.generator import read_condition
-from mobilemm.models.drawing import forget_drawing, learn_to_draw
+from mobilemm.models.drawing import forget_drawing, learn_to_draw, renew_output_projector
 from mobilemm.models.modeling import IGNORE_INDEX, MobileMMForConditionalGeneration
+from mobilemm.models.output_projector import MLPOutputProjector
 from mobilemm.training.recipe import Drawing
 
 CONDITIONS, STATES = "conditions.safetensors", "states.safetensors"
-STATES_BATCH = 16
+STATES_BATCH = 32
 Kept = Mapping[str, Mapping[str, Tensor]]
 """By a row's name: what takes the language model's place in its item."""
 
@@ -108,9 +109,11 @@ def prepare_to_draw(model: MobileMMForConditionalGeneration, processor: Any, set
     _, (tokens, width) = read_condition(settings.generator)
     if settings.anew:
         forget_drawing(model)
+    options = {"num_tokens": tokens, "width": width, **settings.projector}
     if model.output_projector is None:
-        options = {"num_tokens": tokens, "width": width, **settings.projector}
         learn_to_draw(model, processor, settings.signal_tokens, options)
+    elif settings.new_projector:
+        renew_output_projector(model, options)
     projector: Any = model.output_projector
     if (projector.num_tokens, projector.width) != (tokens, width):
         raise MobileMMError(
@@ -191,14 +194,19 @@ def keep_states(
 def _signal_states(
     model: MobileMMForConditionalGeneration, batch: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    ids = batch["input_ids"]
-    hidden = model(
-        input_ids=ids,
-        attention_mask=batch["attention_mask"],
-        output_hidden_states=True,
-        logits_to_keep=1,
-    ).hidden_states[-1]
-    for row, states in zip(ids, hidden, strict=True):
+    """The rows' common beginning, all of a template's system prompt, goes through the model once."""
+    ids, signals = batch["input_ids"], model.signal_tokens
+    assert signals is not None
+    alike = (ids == ids[:1]).all(0) & ~signals.among(ids).any(0)
+    shared = int(alike.int().cumprod(0).sum())
+    options: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1}
+    if shared:
+        cache = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        options["past_key_values"] = cache
+    own = ids[:, shared:]
+    outputs = model(input_ids=own, attention_mask=batch["attention_mask"], **options)
+    for row, states in zip(own, outputs.hidden_states[-1], strict=True):
         yield {"signal_states": model.signal_states(row[None], states[None]).half()}
 
 
@@ -228,6 +236,12 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
     writing = path.with_suffix(f".{os.getpid()}")
     save_file(tensors, writing)
     writing.replace(path)
+
+
+def standardize(model: MobileMMForConditionalGeneration, states: Kept) -> None:
+    """A new output projector that measures what it reads does so by the states that it will learn from."""
+    if isinstance(model.output_projector, MLPOutputProjector):
+        model.output_projector.standardize(torch.cat([kept["signal_states"] for kept in states.values()]))
 
 
 def keep_conditions(

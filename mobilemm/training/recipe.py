@@ -103,8 +103,9 @@ class Drawing(_Section):
     generator: Path = Field(description="folder of the generator, whose text condition is aimed at")
     anew: bool = Field(default=False, description="forget how the model draws, and begin as one that has not")
     signal_tokens: int = Field(gt=0, le=64, default=4, description="of a model that has none yet")
+    new_projector: bool = Field(default=False, description="start from an output projector initialized anew")
     projector: dict[str, Any] = Field(
-        default={"type": "transformer"}, description="of a model that has none yet; its type and options"
+        default={"type": "transformer"}, description="of a new output projector; its type and options"
     )
     condition_weight: float = Field(ge=0, default=1.0, description="of L_mse beside the likelihood")
     cache_states: bool = Field(

@@ -171,10 +171,12 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
     mixture = _mixture(stage)
     pad = stage.processor.tokenizer.pad_token_id or 0
     if caches_states:
-        from mobilemm.training.drawing import keep_states
+        from mobilemm.training.drawing import keep_states, standardize
 
         asking = recipe.train.signal_tokens.learning_rate > 0
         states = keep_states(stage.model, mixture, pad, run, report, asking)
+        if recipe.drawing is not None and recipe.drawing.new_projector and not asking:
+            standardize(stage.model, states)
         mixture = _mixture(stage)  # of the rows that are left
         mixture.states = states
     if recipe.drawing is not None:

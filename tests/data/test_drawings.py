@@ -10,6 +10,7 @@ from mobilemm.data.drawings import (
     QUESTIONS,
     REQUESTS,
     drawing_rows,
+    name_rows,
     seen_rows,
 )
 from mobilemm.data.pairs import Pair
@@ -39,6 +40,16 @@ def test_captions_are_asked_for_and_talked_about() -> None:
             assert "{" not in answer
     assert rows == list(drawing_rows(PAIRS))
     assert rows != list(drawing_rows(PAIRS, seed=1))
+
+
+def test_names_are_asked_for_by_themselves_and_in_colours() -> None:
+    names = [f"thing{number}" for number in range(200)]
+    rows = list(name_rows(names))
+    captions = [row["messages"][1]["content"][0]["caption"] for row in rows]
+    assert all(caption.endswith(name) for name, caption in zip(names, captions, strict=True))
+    assert 20 < sum(" " in caption for caption in captions) < 80
+    assert all(caption in row["messages"][0]["content"] for row, caption in zip(rows, captions, strict=True))
+    assert rows == list(name_rows(names))
 
 
 def test_pictures_are_drawn_again() -> None:

@@ -13,9 +13,18 @@ from mobilemm.data.pairs import Pair
 from mobilemm.data.questions import NUMBERS, about_pictures, several, write_questions
 from mobilemm.data.sources import open_source
 from mobilemm.data.things import with_article
+from mobilemm.data.wordnet import read_names
 from mobilemm.errors import MobileMMError
 
 THINGS = ["red apple", "cat", "owl", "scissors", "boat", "glass", "blue book with a pen on it", "green leaf"]
+
+WORDNET = """  1 This software and database is being provided to you
+01885845 05 n 03 wing_case 0 elytron 0 Felis_catus 1 001 @ 02159955 n 0000 | either of the horny front wings
+02124272 05 n 01 cat 0 001 @ 02123649 n 0000 | feline mammal
+01624249 05 n 01 owl 0 001 @ 01604330 n 0000 | nocturnal bird of prey
+00002137 03 n 01 abstraction 0 001 @ 00001740 n 0000 | a general concept
+02834778 06 n 02 bicycle_built_for_two 0 4x4 0 001 @ 02837983 n 0000 | more words than are asked for; digits
+"""
 
 
 def _pair(caption: str, split: str = "train") -> Pair:
@@ -71,6 +80,15 @@ def test_as_many_copies_as_asked_for(copies: int) -> None:
     assert red == copies * 50 * 40
 
 
+@pytest.mark.parametrize("text", ["no table", "00001740 03 n zz entity 0 000 | what is\n"])
+def test_another_file_than_wordnets(tmp_path: Path, text: str) -> None:
+    (tmp_path / "data.noun").write_text(text, encoding="ascii")
+    with pytest.raises(MobileMMError, match=r"data\.noun: not WordNet's"):
+        read_names(tmp_path / "data.noun")
+    with pytest.raises(MobileMMError, match="absent: not WordNet's"):
+        read_names(tmp_path / "absent")
+
+
 def test_a_folder_of_questions(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     pairs.mkdir()
@@ -80,9 +98,14 @@ def test_a_folder_of_questions(tmp_path: Path) -> None:
         pair = _pair(thing, "test" if thing == "owl" else "train")
         rows.append(json.dumps(vars(pair) | {"keywords": list(pair.keywords)}))
     (pairs / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    counts = write_questions(pairs, tmp_path / "questions", counts=3)
+    nouns = tmp_path / "data.noun"
+    nouns.write_text(WORDNET, encoding="ascii")
+    counts = write_questions(pairs, tmp_path / "questions", counts=3, nouns=nouns)
     # Nothing of the test split; counts of cat and boat; two requests, four other questions for each of 7.
-    assert counts == {"about": 6, "count": 2, "draw": 7 * (2 + 4), "redraw": 7}
+    assert counts == {"about": 6, "count": 2, "draw": 7 * (2 + 4), "redraw": 7, "names": 3}
+    names = (tmp_path / "questions" / "names.jsonl").read_text(encoding="utf-8")
+    assert all(name in names for name in ("wing case", "elytron", "cat"))
+    assert "owl" not in names  # of the test split
     about = open_source("messages", tmp_path / "questions" / "about.jsonl", images=pairs)
     counted = open_source("messages", tmp_path / "questions" / "count.jsonl")
     draw = random.Random(0)

@@ -101,6 +101,22 @@ def test_output_projectors_give_the_generators_shape(kind: str, tokens: int, wid
     torch.testing.assert_close(unit(states).norm(dim=-1), torch.ones(2, tokens))
 
 
+def test_states_are_measured_by_those_that_are_learned_from() -> None:
+    """A number a thousand times larger than the others counts for no more than they do."""
+    torch.manual_seed(0)
+    options = {"type": "mlp", "num_tokens": 1, "width": 16, "hidden": 32}
+    projector = build_output_projector(options, text_width=48, signal_tokens=4)
+    states = torch.randn(500, 4, 48)
+    wanted = projector(states)
+    sizes, middle = torch.ones(48).index_fill(0, torch.tensor(7), 1000.0), torch.randn(4, 48)
+    projector.standardize(states * sizes + middle)
+    found = projector(states * sizes + middle)
+    assert float((found - wanted).square().mean() / wanted.square().mean()) < 0.02
+    again = build_output_projector(options, text_width=48, signal_tokens=4)
+    again.load_state_dict(projector.state_dict())
+    assert torch.equal(again(states), projector(states))
+
+
 def test_queries_begin_apart() -> None:
     torch.manual_seed(0)
     projector = build_output_projector(

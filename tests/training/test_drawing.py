@@ -167,6 +167,39 @@ def test_when_to_draw_is_learned_from_kept_states(recipe: Callable[..., Recipe],
     assert kept[1] < kept[0] / 2
 
 
+def test_a_new_projector_keeps_the_signal_tokens(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """And measures what it reads by the states that it learns from."""
+    first = train(recipe(max_steps=2), lambda line: None)
+    values = {
+        "model": str(first),
+        "output": tmp_path / "again",
+        "train": {"output_projector": 1e-2},
+        "drawing": {
+            "generator": tmp_path / "generator",
+            "cache_states": True,
+            "new_projector": True,
+            "projector": {"type": "mlp", "hidden": 24},
+        },
+    }
+    second = train(recipe(**values, max_steps=2), lambda line: None)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    same = [name for name in before if not name.startswith("output_projector.")]
+    assert all(torch.equal(before[name], after[name]) for name in same)
+    assert after["output_projector.layers.0.weight"].shape[0] == 24
+    model, processor = mobilemm.load(second)
+    assert model.config.output_projector["hidden"] == 24
+    found = []
+    for request in [f"{word} {caption}" for word in ("and", "yes and") for caption in CAPTIONS]:
+        drawing = {"type": "drawing", "caption": "drawn"}
+        said = [{"role": "user", "content": request}, {"role": "assistant", "content": [drawing]}]
+        ids = torch.tensor([processor.encode_for_training(said)[0]])
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1].detach()
+        found.append(model.signal_states(ids, hidden))
+    states = torch.cat(found)
+    torch.testing.assert_close(model.output_projector.mean, states.mean(0), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(model.output_projector.scale, 1 / states.std(0), rtol=0.02, atol=0)
+
+
 def test_a_projector_learns_from_kept_states(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     first = train(recipe(max_steps=2), lambda line: None)
     told: list[str] = []
