@@ -92,7 +92,7 @@ test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) #
 # The Swift package of the iOS demo: needs Debian's apt, which brings Swift and C libraries into a folder, once; they
 # run there with it as their root. It opens the ONNX Runtime that Python itself runs on.
 IOS := build/ios
-test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## run the iOS demo's tests on Linux
+test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## the iOS demo's tests (SWIFT_FLAGS="--sanitize address")
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(IOS)/vectors
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing --also coreml --also executorch
 	for target in coreml executorch; do \
@@ -104,7 +104,7 @@ test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## run the iOS demo's
 	$(BIN)/python ios_demo/build.py test --bundle $(ANDROID)/bundle --vectors $(IOS)/vectors \
 		--coreml-bundle $(IOS)/drawing/drawer-coreml --coreml-default $(IOS)/default-coreml \
 		--executorch-bundle $(IOS)/drawing/drawer-executorch \
-		--recording $(IOS)/recording --drawing $(IOS)/drawing --zips $(IOS)/zips
+		--recording $(IOS)/recording --drawing $(IOS)/drawing --zips $(IOS)/zips $(SWIFT_FLAGS)
 	$(BIN)/python -m pytest tests/ios
 
 $(IOS)/default-coreml: | $(STAMP)

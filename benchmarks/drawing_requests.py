@@ -1,10 +1,12 @@
 """Whether a model says its signal tokens when a drawing is asked for, and only then; and what they tell.
 
-    python benchmarks/drawing_requests.py MODEL --generator FOLDER [--pairs data/pairs] [--items 200]
+    python benchmarks/drawing_requests.py MODEL [--generator FOLDER] [--pairs data/pairs] [--items 200]
 
-Captions are of the pairs' test split, requests and questions in words that no model learned from. Signals:
-the greedy first token of the answer. Condition: the output projector's against the generator's own text
-encoder's, as cosine, and as the share of captions that are nearest, among all, to their own.
+Captions are of the pairs' validation and test splits, from which no output projector learned; requests and
+questions in words that no model learned from. Signals: the greedy first token of the answer. Condition: the
+output projector's against the generator's own text encoder's, as cosine, and as the share of captions that
+are nearest, among all, to their own. Pictures: of the names of `mobilemm eval --task drawing`, all of the
+same two splits, by either condition and the same noise, with each number of `--steps`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,27 @@ import mobilemm
 from mobilemm.data.drawings import HELD_OUT_QUESTIONS, HELD_OUT_REQUESTS
 from mobilemm.data.pairs import read_pairs
 from mobilemm.data.things import with_article
+from mobilemm.evaluation.drawing import DrawingScorer, draw
 from mobilemm.generation.conditions import open_condition_encoder
-from mobilemm.generation.generator import read_condition
+from mobilemm.generation.generator import load_generator, read_condition
+
+
+class Requests:
+    """A model that is asked for pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.processor = mobilemm.load(folder)
+        self.signals = self.model.config.signal_token_ids
+
+    def ask(self, words: str) -> tuple[bool, torch.Tensor]:
+        """Whether the answer to these words begins with a picture, and its condition (tokens, width)."""
+        asked = [{"role": "user", "content": words}]
+        prompt = self.processor.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        ids = torch.cat([prompt, torch.tensor([self.signals])], 1)
+        outputs = self.model(input_ids=ids, output_hidden_states=True)
+        draws = int(outputs.logits[0, prompt.shape[1] - 1].argmax()) == self.signals[0]
+        states = outputs.hidden_states[-1][:, -len(self.signals) :]
+        return draws, self.model.output_projector(states)[0]
 
 
 @torch.no_grad()
@@ -33,37 +54,46 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, help="left out, the model's own")
     parser.add_argument("--pairs", type=Path, default=Path("data/pairs"))
     parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
     given = parser.parse_args()
-    generator = given.generator or given.model / "generator"
-    model, processor = mobilemm.load(given.model)
-    draw = random.Random(0)
-    captions = sorted({pair.caption for pair in read_pairs(given.pairs, "test")})
-    captions = draw.sample(captions, min(given.items, len(captions)))
-    signals = model.config.signal_token_ids
+    folder = given.generator or given.model / "generator"
+    requests, chance = Requests(given.model), random.Random(0)
+
+    splits = ("validation", "test")
+    captions = sorted({pair.caption for split in splits for pair in read_pairs(given.pairs, split)})
+    captions = chance.sample(captions, min(given.items, len(captions)))
     said = {True: 0, False: 0}
     conditions = []
     for caption in captions:
         for words, asks in ((HELD_OUT_REQUESTS, True), (HELD_OUT_QUESTIONS, False)):
-            asked = [{"role": "user", "content": draw.choice(words).format(with_article(caption))}]
-            inputs = processor.apply_chat_template(asked, add_generation_prompt=True)
-            prompt = inputs["input_ids"]
-            ids = torch.cat([prompt, torch.tensor([signals])], 1)
-            outputs = model(input_ids=ids, output_hidden_states=True)
-            said[asks] += int(outputs.logits[0, prompt.shape[1] - 1].argmax()) == signals[0]
+            draws, condition = requests.ask(chance.choice(words).format(with_article(caption)))
+            said[asks] += draws
             if asks:
-                states = outputs.hidden_states[-1][:, -len(signals) :]
-                conditions.append(model.output_projector(states)[0].flatten())
+                conditions.append(condition.flatten())
+    source, _ = read_condition(folder)
+    encode = open_condition_encoder(folder, source)
     found = torch.nn.functional.normalize(torch.stack(conditions), dim=-1)
-    source, _ = read_condition(generator)
-    wanted = open_condition_encoder(generator, source)(captions).flatten(1)
-    wanted = torch.nn.functional.normalize(wanted, dim=-1)
-    nearest = (found @ wanted.T).argmax(1) == torch.arange(len(captions))
+    wanted = torch.nn.functional.normalize(encode(captions).flatten(1), dim=-1)
+    nearest = float(((found @ wanted.T).argmax(1) == torch.arange(len(captions))).float().mean())
+    asked, others = (said[asks] / len(captions) for asks in (True, False))
     print(f"{len(captions)} captions")
-    print(
-        f"signals for requests {said[True] / len(captions):.1%}, for others {said[False] / len(captions):.1%}"
-    )
+    print(f"signals for requests {asked:.1%}, for others {others:.1%}")
     cosine = float((found * wanted).sum(1).mean())
-    print(f"condition: cosine {cosine:.3f}, nearest to its own caption {float(nearest.float().mean()):.1%}")
+    print(f"condition: cosine {cosine:.3f}, nearest to its own caption {nearest:.1%}")
+
+    generator, scorer = load_generator(folder), DrawingScorer()
+    names = scorer.names
+    told = [requests.ask(chance.choice(HELD_OUT_REQUESTS).format(with_article(name)))[1] for name in names]
+    own, empty = encode(names), encode([""])
+    for steps in given.steps:
+        share = {}
+        for which, condition in (("requests", torch.stack(told)), ("names", own)):
+            pictures = draw(generator, condition, empty, steps, seed=0, first=0)
+            share[which] = float(scorer.top(pictures, range(len(names))).mean())
+        print(
+            f"{steps} steps: {len(names)} pictures by requests {share['requests']:.1%}, by names"
+            f" {share['names']:.1%}, ratio {share['requests'] / share['names']:.2f}"
+        )
 
 
 if __name__ == "__main__":
