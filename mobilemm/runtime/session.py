@@ -16,9 +16,9 @@ from mobilemm.data.images import ImageSource
 from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import Array, Backend, Decoder
 from mobilemm.runtime.conversation import Conversation, refuse_full_context
-from mobilemm.runtime.drawing import Drawn, choose_seed, to_uint8
+from mobilemm.runtime.drawing import Drawn, choose_seed
 from mobilemm.runtime.image import to_pixels
-from mobilemm.runtime.noise import normal
+from mobilemm.runtime.picture_generator import open_generator
 from mobilemm.runtime.prompt import PromptTokenizer
 from mobilemm.runtime.sampling import Sampler, Sampling
 from mobilemm.runtime.streaming import TextStream
@@ -91,6 +91,11 @@ class Session(Conversation):
         system: a system prompt, where the model's template takes one.
         keep_vision: False gives the vision part's memory back behind each question about a new picture, and
             that of the parts that draw behind each drawing.
+        steps: of a drawing; None: those that the bundle was made for.
+        sketches: whether a drawing that is made step by step comes as `Sketch` pieces first, one behind each
+            step but the last. Each takes a run of the part that decodes latents.
+
+    Raises MobileMMError for steps that the bundle does not draw in.
     """
 
     def __init__(
@@ -100,10 +105,13 @@ class Session(Conversation):
         sampling: Sampling | None = None,
         system: str | None = None,
         keep_vision: bool = True,
+        steps: int | None = None,
+        sketches: bool = False,
     ) -> None:
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
-        self.keep_vision = keep_vision
+        self.keep_vision, self.sketches = keep_vision, sketches
+        self._generator = open_generator(bundle, backend, steps)
         model, prompt = self.manifest.model, self.manifest.prompt
         self.tokenizer = PromptTokenizer(
             bundle.path(prompt.tokenizer), prompt, model.image_token_id, model.num_image_tokens
@@ -154,7 +162,7 @@ class Session(Conversation):
             if self._signals and token == self._signals[0]:
                 if piece := text.end():
                     yield piece
-                drawn, logits = self._draw()
+                drawn, logits = yield from self._draw()
                 seen += self._signals
                 self.answer_ids += self._signals
                 stats.new_tokens += len(self._signals)
@@ -180,24 +188,19 @@ class Session(Conversation):
         if piece := text.end():
             yield piece
 
-    def _draw(self) -> tuple[Drawn, Array]:
-        """What the model draws at this place, and the logits (vocabulary,) behind the signal tokens."""
-        generation = self.manifest.generation
-        assert generation is not None
-        logits = self._feed_all(self._signals)
+    def _draw(self) -> Generator[str, None, tuple[Drawn, Array]]:
+        """Sketches, if wanted; then the drawing, and the logits (vocabulary,) behind the signal tokens."""
+        generator = self._generator
+        assert generator is not None
+        # One by one, as every runtime does: int4 sums are rounded otherwise when words go through together.
+        logits = np.stack([self._feed([signal], None, self._text_position()) for signal in self._signals])
         begun = time.perf_counter()
         seed = choose_seed(self.sampling.seed)
-        words = self.manifest.parts["output_projector"].inputs[0].shape[-1]
-        assert isinstance(words, int)
-        signal_logits = np.ascontiguousarray(logits[..., :words])
-        inputs = self.backend.run("output_projector", {"signal_logits": signal_logits})
-        inputs["noise"] = normal(seed, generation.noise.shape)
-        picture = to_uint8(self.backend.run("generator", inputs)["picture"])
+        picture = yield from generator.draw(generator.condition(logits[None]), seed, self.sketches)
         if not self.keep_vision:
-            self.backend.release("output_projector")
-            self.backend.release("generator")
+            generator.release()
         written = self.tokenizer.tokenizer.decode(self._signals, skip_special_tokens=False)
-        return Drawn(picture, seed, written, time.perf_counter() - begun), logits[0, -1]
+        return Drawn(picture, seed, written, time.perf_counter() - begun), logits[-1]
 
     def _see(self, pictures: list[Picture], stats: Stats) -> list[Array]:
         """Each picture's features. Before the decoder is loaded, so that memory need not hold both."""
@@ -265,17 +268,6 @@ class Session(Conversation):
             places = None if positions is None else positions[..., piece]
             logits = decoder.decode(embeds[:, piece], places)
         return logits[0, -1]
-
-    def _feed_all(self, ids: list[int]) -> Array:
-        """Appends words to the cache; logits (1, ids, vocabulary) behind each of them."""
-        decoder = self._decoder
-        assert decoder is not None
-        positions = [place for place in (self._text_position() for _ in ids) if place is not None]
-        return decoder.decode(
-            self._embed(ids, None),
-            np.concatenate(positions, -1) if positions else None,
-            np.arange(len(ids)),
-        )
 
     def _embed(self, ids: list[int], features: Array | None) -> Array:
         """Embeddings (1, ids, hidden) of what the cache is about to hold."""

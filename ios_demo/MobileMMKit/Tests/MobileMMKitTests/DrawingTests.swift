@@ -4,37 +4,43 @@
 
     @testable import MobileMMKit
 
-    /// A tiny model that draws, and what Python's session drew with it (`python -m tests.ios.drawing`).
+    /// What Python's session drew for the same words and seeds (`python -m tests.ios.drawing`).
     final class DrawingTests: XCTestCase {
-        private func folder() throws -> URL {
-            URL(fileURLWithPath: try XCTUnwrap(ProcessInfo.processInfo.environment["MOBILEMM_DRAWING"]))
-        }
-
-        private func draw(_ one: JsonObject, seed: UInt64) async throws -> (Session, String, [Drawing]) {
-            let bundle = try ModelBundle.open(try folder().appendingPathComponent("drawer-onnx"))
+        func testATinyModelDrawsTheSamePictureForASeedAsInPython() async throws {
+            let folder = URL(
+                fileURLWithPath: try XCTUnwrap(ProcessInfo.processInfo.environment["MOBILEMM_DRAWING"]))
+            let bundle = try ModelBundle.open(folder.appendingPathComponent("drawer-onnx"))
             let backend = try OnnxBackend(bundle, threads: 1)
-            let session = try await Session(
-                bundle, backend, sampling: Sampling(maxNewTokens: 4, seed: seed), keepVision: false)
-            var (text, drawings): (String, [Drawing]) = ("", [])
-            for try await piece in session.stream(one.string("question")) {
-                text += piece.text
-                if case .drawing(let drawing) = piece { drawings.append(drawing) }
-            }
-            return (session, text, drawings)
+            let pictures = try await drawsAsPython(bundle, backend, folder)
+            XCTAssertGreaterThanOrEqual(pictures.count, 2)
+            XCTAssertNotEqual(pictures[0], pictures[1])
         }
 
-        func testTheSamePictureForASeedAsInPython() async throws {
-            let data = try Data(contentsOf: try folder().appendingPathComponent("drawings.json"))
-            let cases = try Json.parse(data).array!.map { $0.object! }
-            XCTAssertGreaterThanOrEqual(cases.count, 2)
+        func testTheModelThatShipsDrawsTheSamePictureForASeedAsInPython() async throws {
+            let pictures = try await drawsAsPython(
+                try Vectors.bundle.get(), try Vectors.backend.get(), Vectors.file("drawings"))
+            XCTAssertGreaterThanOrEqual(pictures.count, 2)
+            XCTAssertNotEqual(pictures[0], pictures[1])
+        }
+
+        private func drawsAsPython(
+            _ bundle: ModelBundle, _ backend: OnnxBackend, _ folder: URL
+        ) async throws -> [PixelRaster] {
             var pictures: [PixelRaster] = []
-            for one in cases {
+            let data = try Data(contentsOf: folder.appendingPathComponent("drawings.json"))
+            for one in try Json.parse(data).array!.map({ $0.object! }) {
                 let seed = UInt64(one.string("seed"))!
-                let (session, text, drawings) = try await draw(one, seed: seed)
+                let sampling = Sampling(maxNewTokens: one.int("max_new_tokens"), seed: seed)
+                let session = try await Session(bundle, backend, sampling: sampling, keepVision: false)
+                var (text, drawings): (String, [Drawing]) = ("", [])
+                for try await piece in session.stream(one.string("question")) {
+                    text += piece.text
+                    if case .drawing(let drawing) = piece { drawings.append(drawing) }
+                }
                 XCTAssertEqual(drawings.count, 1)
                 let picture = drawings[0].picture
                 XCTAssertEqual([picture.width, picture.height], [one.int("width"), one.int("height")])
-                let rgb = [UInt8](try Data(contentsOf: try folder().appendingPathComponent(one.string("file"))))
+                let rgb = [UInt8](try Data(contentsOf: folder.appendingPathComponent(one.string("file"))))
                 let ratio = picture.psnr(rgb)
                 print(String(format: "seed %@: %.1f dB to Python's picture", one.string("seed"), ratio))
                 XCTAssertGreaterThanOrEqual(ratio, 45)
@@ -45,7 +51,7 @@
                 assertSame(memory, one.string("memory"))
                 pictures.append(picture)
             }
-            XCTAssertNotEqual(pictures[0], pictures[1])
+            return pictures
         }
 
         func testADrawingIsWrittenAsAPngThatReadsBack() throws {
