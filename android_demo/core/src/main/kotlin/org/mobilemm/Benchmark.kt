@@ -90,6 +90,10 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
                 report("writing")
                 phase("decode") { decode(backend, decoder) }
             }
+            manifest.generation?.let {
+                report("drawing")
+                phase("drawing") { draw(PictureGenerator(bundle, backend, it), it.steps) }
+            }
             return result(backend.runtime, bandwidth, operations, before)
         }
     }
@@ -130,6 +134,16 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
                 }
             }
         }
+    }
+
+    /** What a picture takes does not depend on what it shows. */
+    private fun draw(
+        generator: PictureGenerator,
+        steps: Int,
+    ) {
+        val seconds = times { generator.draw(generator.signals(), it.toULong()) }
+        tell("draw", "draw a picture", "s", seconds)
+        tell("draw_step", "draw: one step", "s", seconds.map { it / steps })
     }
 
     private fun prefill(

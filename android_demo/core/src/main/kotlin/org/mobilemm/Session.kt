@@ -102,7 +102,7 @@ class Session(
     fun release() {
         close()
         features.clear()
-        for (part in SEES + DRAWS) backend.release(part)
+        for (part in SEES + PictureGenerator.PARTS) backend.release(part)
     }
 
     /** As the vision part takes it. Raises [MobileMMError] when the bundle takes no pictures. */
@@ -184,8 +184,8 @@ class Session(
 
     /** What the model draws at this place, and the logits (vocabulary) behind the signal tokens. */
     private fun draw(generation: Generation): Pair<Drawn, FloatBuffer> {
-        val wanted = manifest.parts.getValue("output_projector").inputs.first { it.name == "signal_logits" }.shape
-        val signals = Tensor.of("float32", *wanted.map { it as Long }.toLongArray())
+        val generator = PictureGenerator(bundle, backend, generation)
+        val signals = generator.signals()
         val rows = signals.floats()
         val words = rows.capacity() / generation.signalTokenIds.size
         lateinit var logits: FloatBuffer
@@ -197,13 +197,8 @@ class Session(
         }
         val begun = System.nanoTime()
         val seed = chooseSeed(sampling.seed)
-        val condition = backend.run("output_projector", mapOf("signal_logits" to signals))
-        val picture = backend.run("generator", condition + ("noise" to Noise.normal(seed, generation.noiseShape)))["picture"]
-        if (picture?.dtype != "float32" || picture.count != 3L * generation.height * generation.width) {
-            throw MobileMMError("${bundle.partFile("generator")}: gives no picture that can be shown; ${ManifestReader.AGAIN}")
-        }
-        if (!keepVision) DRAWS.forEach(backend::release)
-        val shown = toRaster(picture.floats(), generation.width, generation.height)
+        val shown = generator.draw(signals, seed)
+        if (!keepVision) generator.release()
         return Drawn(shown, seed, tokenizer.decode(generation.signalTokenIds, special = true), secondsSince(begun)) to logits
     }
 
@@ -334,7 +329,6 @@ class Session(
         const val WARM_WIDTH = 1280
         const val WARM_HEIGHT = 960
         val SEES = listOf("vision")
-        val DRAWS = listOf("output_projector", "generator")
     }
 }
 

@@ -56,9 +56,10 @@ class BenchmarkTest {
         val benchmark = Benchmark(Vectors.bundle, settings, Computer())
         val told = ArrayList<String>()
         val result = benchmark.run { told += it }
-        assertEquals(listOf("measuring the device", "loading", "looking at photographs", "reading a prompt", "writing"), told)
+        val phases = listOf("measuring the device", "loading", "looking at photographs", "reading a prompt", "writing", "drawing")
+        assertEquals(phases, told)
         val figures = benchmark.found.associateBy { it.name }
-        for (name in listOf("load_warm", "image", "vision", "ttft", "pp20", "tg4", "token")) {
+        for (name in listOf("load_warm", "image", "vision", "ttft", "pp20", "tg4", "token", "draw", "draw_step")) {
             assertTrue(name, figures.getValue(name).runs.all { it > 0 })
         }
         assertEquals(8, figures.getValue("token").runs.size)
