@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from mobilemm.errors import MobileMMError
 from mobilemm.export.bundle import BundleWriter, recover
 from mobilemm.export.calibration import read_calibration
-from mobilemm.export.drawing import Pictures
+from mobilemm.export.drawing import schedules
 from mobilemm.export.memory import release
 from mobilemm.export.model import Model, Report, open_model
 from mobilemm.export.options import ExportOptions
@@ -103,7 +103,7 @@ def export_bundles(
     store = codes_of(places[0][1])
     expected = _PytorchAnswer(model)
     for target, destination in places:
-        contextual = model.with_context(options.context_length or target.default_context, options.steps)
+        contextual = model.with_options(options, target.default_context)
         _refuse_short_context(contextual)
         stored = replace(options, plan=target.stores(options.plan))
         yield _export(contextual, target, destination, stored, overwrite, report, store, expected)
@@ -199,17 +199,20 @@ def describe(model: Model, target: Target, records: dict[str, Record]) -> manife
 
 def _generation(model: Model) -> manifest.Generation | None:
     """How pictures are drawn, of a model that has a generator."""
-    if "generator" not in model.parts:
+    generator = model.split.generator
+    if generator is None:
         return None
-    pictures = model.parts["generator"]
-    assert isinstance(pictures.module, Pictures)
-    height, width = model.split.generator.image_size
+    from mobilemm.generation.sampling import sampling_table
+
+    table = sampling_table(generator, model.steps)
+    height, width = generator.image_size
     return manifest.Generation(
         signal_token_ids=list(model.split.signal_token_ids),
         height=height,
         width=width,
-        steps=pictures.module.unrolled.table.steps,
-        noise=manifest.Noise(rule=RULE, shape=list(pictures.inputs["noise"].shape)),
+        steps=table.steps,
+        noise=manifest.Noise(rule=RULE, shape=[1, table.noises, *generator.latent_shape]),
+        schedules=schedules(generator, model.steps) if "denoiser" in model.parts else None,
     )
 
 

@@ -81,21 +81,25 @@ def with_signal_rows(
     return config, found
 
 
-class Pictures(nn.Module):
-    """A generator as a part: condition and noise → a picture, every step and the decoder inside.
+STEP_COUNTS = (1, 2, 4)
+"""Numbers of steps that every step-wise bundle can draw in."""
 
-    Shapes: (1, tokens, width), (1, noises, channels, height, width) → float32 (1, 3, height, width) in
-    [0, 1].
+
+def schedules(generator: Any, steps: int | None = None) -> list[list[list[float]]]:
+    """Of STEP_COUNTS, the generator's own number of steps and `steps` each the sampler's rows, fewest first.
+
+    Raises MobileMMError for a number of steps that a manifest cannot hold.
     """
+    from mobilemm.generation.sampling import sampling_table
+    from mobilemm.runtime.manifest import MOST_STEPS
 
-    def __init__(self, generator: Any, steps: int | None = None) -> None:
-        from mobilemm.generation.sampling import UnrolledGenerator
-
-        super().__init__()
-        self.unrolled = UnrolledGenerator(generator, steps)
-
-    def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
-        return self.unrolled(condition, noise)
+    own = generator.settings.steps if steps is None else steps
+    if own > MOST_STEPS:
+        raise MobileMMError(f"this generator draws in {own} steps: --steps {MOST_STEPS} or fewer")
+    counts = {*STEP_COUNTS, own} | (
+        {generator.settings.steps} if generator.settings.steps <= MOST_STEPS else set()
+    )
+    return [sampling_table(generator, count).rows for count in sorted(counts)]
 
 
 def peak_signal_to_noise(found: Tensor, wanted: Tensor) -> float:

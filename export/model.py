@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint, taken apart."""
+    """A loaded checkpoint, taken apart. `steps` are the generator's where others than its own are wanted."""
 
     name: str
     split: SplitModel
@@ -42,6 +42,7 @@ class Model:
     torch_model: Any
     license: str = ""
     license_text: str | None = None
+    steps: int | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -78,13 +79,15 @@ class Model:
             pad_token_id=pad if pad is not None and pad >= 0 else (eos_ids or [0])[0],
         )
 
-    def with_context(self, longest: int | None, steps: int | None = None) -> Model:
-        """The same model for conversations of so many tokens, or as long as it knows when that is less.
+    def with_options(self, options: ExportOptions, longest: int | None = None) -> Model:
+        """The same model as wanted; `longest` is its context where the options leave it open.
 
-        `steps` are the generator's, where it has one.
+        It is never longer than the model knows.
         """
         known = int(self.split.text_config.max_position_embeddings)
-        return replace(self, parts=parts_of(self.split, min(longest or known, known), steps))
+        context = min(options.context_length or longest or known, known)
+        parts = parts_of(self.split, context, options.steps, options.stepwise)
+        return replace(self, parts=parts, steps=options.steps)
 
     def encode(self, sample: CalibrationSample) -> tuple[list[int], list[Any]]:
         """Ids and pixels, uint8 (3, height, width) each, of a conversation."""
@@ -135,7 +138,7 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
     name = options.name or ("mobilemm-default" if source is None else Path(source).name)
     text = _license_text(folder)
     opened = Model(name, split, {}, prompt, tokenizer, folder_digest(folder), model, _license(folder), text)
-    return opened.with_context(options.context_length, options.steps)
+    return opened.with_options(options)
 
 
 def _license_text(folder: Path) -> str | None:

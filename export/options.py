@@ -21,6 +21,7 @@ class ExportOptions:
         name: of the model, in the manifest; None for its folder's.
         budget: bytes that the language model may take; the layers that suffer most get 8 bits. None: by plan.
         steps: of the generator; None: those it was distilled for.
+        stepwise: the generator as one step and a decoder of latents, for progress and any number of steps.
         int8_cache: keys and values in int8, with steps found on the calibration set.
     """
 
@@ -33,3 +34,4 @@ class ExportOptions:
     budget: int | None = None
     int8_cache: bool = False
     steps: int | None = None
+    stepwise: bool = False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Decoder, DecoderWeights
 from mobilemm.export.decoder_spec import DecoderSpec, decoder_spec
-from mobilemm.export.drawing import OutputProjector, Pictures, words_read
+from mobilemm.export.drawing import OutputProjector, words_read
 from mobilemm.export.split import SplitModel
 
 
@@ -30,7 +30,8 @@ class Part:
     """One exportable part of a model.
 
     Attributes:
-        name: "vision", "embed", "decoder", "output_projector" or "generator".
+        name: "vision", "embed", "decoder", "output_projector" and "generator", or "denoiser" and
+            "image_decoder".
         module: PyTorch, eager. Its parameters may lie on the meta device while `weights` holds them.
         inputs: example inputs by name, in the order of `module.forward`'s arguments, the cache apart.
         outputs: names of what it returns.
@@ -120,11 +121,13 @@ class TokenEmbedding(nn.Module):
 
 
 def parts_of(
-    split: SplitModel, context_length: int | None = None, steps: int | None = None
+    split: SplitModel, context_length: int | None = None, steps: int | None = None, stepwise: bool = False
 ) -> dict[str, Part]:
-    """The parts of a model: vision, if it has eyes, embed, decoder; what draws, in so many steps, if it can.
+    """The parts of a model: vision, if it has eyes, embed, decoder; what draws, if it can.
 
-    Raises MobileMMError for a language model with a piece that export does not know.
+    That is a generator of so many steps, or `stepwise` what one step takes and what decodes latents.
+    Raises MobileMMError for a language model with a piece that export does not know, and for `stepwise` of a
+    model that does not draw.
     """
     spec = decoder_spec(split.text_config, context_length)
     table = split.text_weights.get("model.embed_tokens.weight")
@@ -152,7 +155,9 @@ def parts_of(
             {"pixels": {0: "images"}, "image_features": {0: "image_tokens"}},
         )
     if split.generator is not None:
-        parts |= _drawing_parts(split, spec, steps)
+        parts |= _drawing_parts(split, spec, steps, stepwise)
+    elif stepwise:
+        raise MobileMMError("--stepwise: this model does not draw, it has no generator")
     return {
         **parts,
         "embed": Part(
@@ -180,27 +185,47 @@ def parts_of(
     }
 
 
-def _drawing_parts(split: SplitModel, spec: DecoderSpec, steps: int | None) -> dict[str, Part]:
-    """The output projector, and the generator of so many steps (None: those it was made for)."""
+def _drawing_parts(
+    split: SplitModel, spec: DecoderSpec, steps: int | None, stepwise: bool
+) -> dict[str, Part]:
+    """The output projector, and the generator: of so many steps (None: its own), or step by step."""
     projector: Any = split.output_projector
     words = words_read(spec.vocab_size, spec.hidden_size)
     reads = OutputProjector(projector, words, spec.hidden_size, spec.logit_softcap)
-    return {
-        "output_projector": Part(
-            "output_projector",
-            reads.eval(),
-            {"signal_logits": torch.zeros(1, len(split.signal_token_ids), words)},
-            ("condition",),
-        ),
-        "generator": generator_part(split.generator, steps),
-    }
+    output_projector = Part(
+        "output_projector",
+        reads.eval(),
+        {"signal_logits": torch.zeros(1, len(split.signal_token_ids), words)},
+        ("condition",),
+    )
+    drawing = stepwise_parts(split.generator) if stepwise else [generator_part(split.generator, steps)]
+    return {part.name: part for part in (output_projector, *drawing)}
 
 
 def generator_part(generator: Any, steps: int | None = None) -> Part:
     """A generator of so many steps (None: those it was made for), all in one graph."""
-    pictures = Pictures(generator, steps)
+    from mobilemm.generation.sampling import UnrolledGenerator
+
+    unrolled = UnrolledGenerator(generator, steps)
     inputs = {
         "condition": torch.zeros(1, *generator.condition_shape),
-        "noise": torch.zeros(1, pictures.unrolled.table.noises, *generator.latent_shape),
+        "noise": torch.zeros(1, unrolled.table.noises, *generator.latent_shape),
     }
-    return Part("generator", pictures.eval(), inputs, ("picture",))
+    return Part("generator", unrolled.eval(), inputs, ("picture",))
+
+
+def stepwise_parts(generator: Any) -> list[Part]:
+    """A generator as one step, whose numbers are an input, and the decoder of latents."""
+    from mobilemm.generation.sampling import GeneratorStep, LatentDecoder
+
+    latents = torch.zeros(1, *generator.latent_shape)
+    inputs = {
+        "latents": latents,
+        "condition": torch.zeros(1, *generator.condition_shape),
+        "noise": latents.clone(),
+        "scales": torch.ones(5),
+    }
+    return [
+        Part("denoiser", GeneratorStep(generator).eval(), inputs, ("next_latents",)),
+        Part("image_decoder", LatentDecoder(generator).eval(), {"latents": latents}, ("picture",)),
+    ]

@@ -26,7 +26,7 @@ from mobilemm.export.memory import page_out, release
 from mobilemm.export.model import Model, Report
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.parts import Part
-from mobilemm.export.quantization import PartPlan
+from mobilemm.export.quantization import DRAWING_PARTS, GENERATOR_PARTS, PartPlan
 from mobilemm.export.quantized_parts import QuantizedParts
 from mobilemm.export.targets import Exported, Target
 from mobilemm.runtime import manifest
@@ -34,7 +34,7 @@ from mobilemm.runtime.noise import normal
 from mobilemm.runtime.session import rope_positions
 
 # Decoder first: the embedding points into its file where the two are one table.
-ORDER = ("decoder", "embed", "vision", "output_projector", "generator")
+ORDER = ("decoder", "embed", "vision", *DRAWING_PARTS)
 # Positions that the decoder is verified on, and those of its golden vectors.
 VERIFY_TOKENS, GOLDEN_TOKENS = 160, 24
 # What is drawn to verify the parts that draw.
@@ -143,6 +143,7 @@ def fingerprints(model: Model, target: Target, options: ExportOptions) -> dict[s
             repr(options.verify),
             hashlib.sha256(calibration).hexdigest(),
             *(prints[owner] for owner, _ in part.shared.values()),
+            *([f"{model.steps} steps"] if name in GENERATOR_PARTS else []),
             *([prints["decoder"], repr(options.plan.part("embed"))] if name == "output_projector" else []),
         ]
         prints[name] = hashlib.sha256("\n".join(facts).encode()).hexdigest()
@@ -192,11 +193,8 @@ class _Proof:
         if isinstance(part.module, OutputProjector):
             head = torch.linalg.pinv(part.module.reader.weight)  # as it ships: its inverse is in there
             return {"signal_logits": self._signal_states(model) @ head.T}
-        if part.name == "generator":
-            assert model.split.output_projector is not None
-            with torch.no_grad():
-                condition = model.split.output_projector.float()(self._signal_states(model))
-            return {"condition": condition, "noise": torch.from_numpy(normal(0, part.inputs["noise"].shape))}
+        if part.name in GENERATOR_PARTS:
+            return self._drawing_inputs(model, part)
         inputs = {"inputs_embeds": self.embeddings}
         image = model.split.image
         grid = None if image is None else image.position_grid
@@ -204,6 +202,22 @@ class _Proof:
             positions = rope_positions(self.ids, model.split.image_token_id, grid)
             inputs["position_ids"] = torch.from_numpy(np.ascontiguousarray(positions)).view(3, 1, -1)
         return inputs
+
+    def _drawing_inputs(self, model: Model, part: Part) -> dict[str, Tensor]:
+        """Of the first step where they are taken one by one; the latents behind the last to be decoded."""
+        from mobilemm.generation.sampling import UnrolledGenerator
+
+        assert model.split.output_projector is not None
+        unrolled = UnrolledGenerator(model.split.generator, model.steps).eval()
+        noise = torch.from_numpy(normal(0, (1, unrolled.table.noises, *unrolled.latent_shape)))
+        with torch.no_grad():
+            condition = model.split.output_projector.float()(self._signal_states(model))
+            if part.name == "image_decoder":
+                return {"latents": unrolled.latents(condition, noise)}
+        if part.name == "generator":
+            return {"condition": condition, "noise": noise}
+        latents, fresh, scales = noise[:, 0], noise[:, -1], unrolled.rows[0]
+        return {"latents": latents, "condition": condition, "noise": fresh, "scales": scales}
 
     def _signal_states(self, model: Model) -> Tensor:
         """Last hidden states (1, signal tokens, width) behind a request for a drawing, in fp32 PyTorch."""

@@ -61,7 +61,7 @@ def memory_warning(model: Model, target: Target, options: ExportOptions) -> str 
 
 def estimate_of(model: Model, target: Target, options: ExportOptions) -> Estimate:
     """The same of a model that is open."""
-    model = model.with_context(options.context_length or target.default_context)
+    model = model.with_options(options, target.default_context)
     parts: list[PartEstimate] = []
     seconds = 0.0
     largest = 0.0

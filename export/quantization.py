@@ -22,7 +22,13 @@ Bits = Literal[4, 6, 8, 16, 32]
 Method = Literal["rtn", "hqq", "gptq", "awq", "kmeans"]
 Activations = Literal["float32", "float16", "int8", "int8-static"]
 
-PARTS = ("vision", "embed", "decoder", "output_projector", "generator")
+GENERATOR_PARTS = ("generator", "denoiser", "image_decoder")
+"""What a condition is drawn by: all in one, or step by step."""
+
+DRAWING_PARTS = ("output_projector", *GENERATOR_PARTS)
+"""Parts whose weights alone are quantized: they compute in floating point."""
+
+PARTS = ("vision", "embed", "decoder", *DRAWING_PARTS)
 """The parts of a model that a plan speaks of."""
 
 WORDS: Mapping[str, Bits] = {"int4": 4, "int6": 6, "int8": 8, "fp16": 16, "fp32": 32}
@@ -238,8 +244,7 @@ def make_plan(
             "vision": encoder(vision, "--q-vision"),
             "embed": PartPlan(table),
             "decoder": PartPlan(decoder, tuple(exceptions)),
-            "output_projector": drawing(generator),
-            "generator": drawing(generator),
+            **dict.fromkeys(DRAWING_PARTS, drawing(generator)),
         },
         open_blocks=block_size is None,
     )

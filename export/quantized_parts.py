@@ -28,6 +28,7 @@ from mobilemm.export.model import Model, Report
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.parts import Part
 from mobilemm.export.quantization import (
+    GENERATOR_PARTS,
     PartPlan,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -177,7 +178,7 @@ class QuantizedParts:
 def quantize_linears(part: Part, plan: PartPlan) -> nn.Module:
     """The part's module with its linear layers as the plan stores them, and a generator's convolutions."""
     module = verify.share_tensors(part.module)
-    if part.name == "generator" and plan.default.quantized:
+    if part.name in GENERATOR_PARTS and plan.default.quantized:
         quantize_convolutions(module, _per_channel(plan), part.name)
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     _refuse_unused(part.name, plan, linears)

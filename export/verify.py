@@ -17,6 +17,7 @@ from mobilemm.export.decoder import Decoder, DecoderLayer, EagerCache
 from mobilemm.export.layerwise import load_parameters
 from mobilemm.export.memory import page_out
 from mobilemm.export.parts import Part
+from mobilemm.export.quantization import GENERATOR_PARTS
 from mobilemm.runtime.manifest import Parity
 from mobilemm.runtime.self_check import MAX_DB, snr_db
 
@@ -43,7 +44,10 @@ FLOORS: Mapping[str, Mapping[int, Floor]] = {
     "embed": {32: Floor(100, 0.99999), 16: Floor(60, 0.9999), 8: Floor(80, 0.999), 4: Floor(80, 0.97)},
     # Of pictures a signal-to-noise ratio of 30 dB is seen by nobody.
     "output_projector": {32: Floor(60, 0.9999), 16: Floor(40, 0.999), 8: Floor(25, 0.99), 4: Floor(15, 0.9)},
-    "generator": {32: Floor(60, 0.9999), 16: Floor(45, 0.999), 8: Floor(30, 0.99), 4: Floor(20, 0.9)},
+    **{
+        part: {32: Floor(60, 0.9999), 16: Floor(45, 0.999), 8: Floor(30, 0.99), 4: Floor(20, 0.9)}
+        for part in GENERATOR_PARTS
+    },
     "decoder": {
         32: Floor(80, 0.9999, 1.0),
         16: Floor(35, 0.999, 0.98),
@@ -57,7 +61,7 @@ ADVICE = {
     "vision": "--q-vision int8 or fp32",
     "embed": "--q-embed int8 or fp32",
     "output_projector": "--q-generator fp32",
-    "generator": "--q-generator int8 or fp32",
+    **dict.fromkeys(GENERATOR_PARTS, "--q-generator int8 or fp32"),
     "decoder": "--q-llm int8, a smaller --block-size, or --q-keep for the layers named",
 }
 

@@ -234,7 +234,9 @@ class CoreMLTarget:
         inputs = {}
         for name, example in part.inputs.items():
             shape = (1, *example.shape[1:]) if 0 in part.dynamic.get(name, {}) else tuple(example.shape)
-            inputs[name] = _Input(shape, torch.float32, image=example.dtype == torch.uint8)
+            inputs[name] = _Input(
+                shape, torch.float32, image=example.dtype == torch.uint8, exact=len(shape) == 1
+            )
         self._convert(lowered, inputs, part.outputs, package)
 
     def _convert(
@@ -272,11 +274,15 @@ class CoreMLTarget:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a graph is traced and converted with; a dimension of None is as long as is said."""
+    """What a graph is traced and converted with; a dimension of None is as long as is said.
+
+    `exact` numbers come in float32: a timestep's last digits are angles.
+    """
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype
     image: bool = False
+    exact: bool = False
     shortest: int = 1
     longest: int = 1
     traced: int = 2
@@ -292,7 +298,7 @@ class _Input:
             return ct.ImageType(name=name, shape=self.shape, color_layout=ct.colorlayout.RGB)
         flexible = ct.RangeDim(self.shortest, self.longest, default=self.shortest)
         shape = [flexible if size is None else size for size in self.shape]
-        kind = np.int32 if self.dtype == torch.int32 else np.float16
+        kind = np.int32 if self.dtype == torch.int32 else np.float32 if self.exact else np.float16
         return ct.TensorType(name=name, shape=shape, dtype=kind)
 
 

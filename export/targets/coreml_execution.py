@@ -22,6 +22,8 @@ def run_part(part: Part, package: Path, inputs: Mapping[str, Array]) -> NDArray[
         return _decoder_logits(model, inputs)
     if part.name == "embed":
         return _spliced(part, model, inputs)
+    if not part.dynamic:
+        return model(inputs)[part.outputs[0]].astype(np.float32)
     first = next(iter(inputs.values()))
     rows = [
         model({name: value[index : index + 1] for name, value in inputs.items()})[part.outputs[0]]

@@ -25,7 +25,9 @@ from mobilemm.errors import MobileMMError
 from mobilemm.export.decoder import Decoder
 from mobilemm.export.parts import Embed, Part, TokenEmbedding
 from mobilemm.export.quantization import (
+    DRAWING_PARTS,
     FLOAT32,
+    GENERATOR_PARTS,
     PARTS,
     Activations,
     PartPlan,
@@ -68,8 +70,6 @@ from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
 
 MODEL = "model.pte"
 REPORT = "delegation.json"
-# Parts that stay in float32, whatever the plan says.
-DRAWING = ("output_projector", "generator")
 # The release that programs were run on.
 MIN_EXECUTORCH = "1.5.1"
 
@@ -151,7 +151,7 @@ class ExecutorchTarget:
             part, share_tensors(express(module) if delegated else module), self._context
         )
         lowered = lower(lowered, delegated=delegated).eval()
-        if part.name in DRAWING:  # norms see how large their groups are
+        if part.name in DRAWING_PARTS:  # norms see how large their groups are
             with torch.no_grad():
                 lowered(*part.inputs.values())
         written = None
@@ -162,7 +162,7 @@ class ExecutorchTarget:
         edge = self._lowered(part, lowered, inputs)
         program = edge.exported_program(method)
         self._programs[method] = program
-        self._reports[method] = report = delegation(program, part.name == "generator")
+        self._reports[method] = report = delegation(program, part.name in GENERATOR_PARTS)
         if self.options.etrecord is None:
             forget_weights(program)
         if report.unexpected and not (self.options.allow_fallback or self.options.backend == "portable"):
@@ -237,7 +237,7 @@ class ExecutorchTarget:
             steps = decoder.decode(embeds, positions, np.arange(embeds.shape[1]))
             decoder.truncate(0)
             output = np.concatenate([steps[:, :-1], decoder.decode(embeds, positions)], 1)
-        elif part.name in DRAWING:
+        elif part.name in DRAWING_PARTS:
             output = program(METHODS[part.name], *(feeds[name] for name in part.inputs))
         else:
             assert isinstance(part.module, Embed)
@@ -261,7 +261,7 @@ class ExecutorchTarget:
 
 
 def _stored(part: str, plan: PartPlan, open_blocks: bool) -> PartPlan:
-    if part in DRAWING:  # XNNPACK computes with codes alone where activations are codes as well
+    if part in DRAWING_PARTS:  # XNNPACK computes with codes alone where activations are codes as well
         return PartPlan()
 
     def scheme(wanted: WeightScheme) -> WeightScheme:
@@ -325,7 +325,7 @@ def _method(
         return TokenEmbedding(module), {"tokens": (torch.zeros(1, 5, dtype=torch.int64), {1: length})}  # type: ignore[arg-type]
     if part.name == "vision":
         return VisionEncoder(module), {"image": (part.inputs["pixels"][:1].clone(), {})}
-    if part.name in DRAWING:
+    if part.name in DRAWING_PARTS:
         return module, {name: (example, {}) for name, example in part.inputs.items()}
     raise MobileMMError(f"part {part.name!r} is unknown to --target executorch")
 

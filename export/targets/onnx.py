@@ -29,7 +29,12 @@ from mobilemm.export.decoder import (
     scaled_dot_product,
 )
 from mobilemm.export.parts import Part
-from mobilemm.export.quantization import QuantizationPlan, QuantizedEmbedding, refuse_coreml_only
+from mobilemm.export.quantization import (
+    DRAWING_PARTS,
+    QuantizationPlan,
+    QuantizedEmbedding,
+    refuse_coreml_only,
+)
 from mobilemm.export.targets import Exported
 from mobilemm.export.targets.onnx_lowering import (
     CONTRIB,
@@ -46,8 +51,6 @@ from mobilemm.runtime.manifest import Manifest, ModelCard, Runtime
 
 # The part's default where a caller does not say which positions' logits it wants: the last.
 OPTIONAL_INPUTS = {"logits_positions": [-1]}
-# Parts whose weights alone are quantized: they compute in float32.
-WEIGHTS_ALONE = ("output_projector", "generator")
 # The oldest release with every kernel that a graph here needs (8-bit GatherBlockQuantized among them).
 MIN_ONNXRUNTIME = "1.23.2"
 
@@ -154,7 +157,7 @@ def _graph(part: Part, module: nn.Module, options: OnnxOptions) -> Any:
     """The part as an onnx_ir model."""
     import onnx_ir
 
-    if part.name in WEIGHTS_ALONE:
+    if part.name in DRAWING_PARTS:
         options = replace(options, accuracy_level=1)
     if not options.standard_ops:
         for child in module.modules():

@@ -80,7 +80,7 @@ def export_text_model(
         _refuse_foreign(destination)
     options = replace(options, plan=target.stores(options.plan))
     model = open_model(source, options, report)
-    model = model.with_context(options.context_length or target.default_context)
+    model = model.with_options(options, target.default_context)
     if model.split.image is not None:
         raise MobileMMError(
             f"--coreml-names swift-transformers: {model.name} takes pictures, and it knows text alone;"

@@ -129,17 +129,17 @@ class CheckpointSubject:
 
     @torch.no_grad()
     def draw(self, seed: int) -> list[float]:
-        generator, table = self.unrolled.step.generator, self.unrolled.table
+        table = self.unrolled.table
         hidden = torch.zeros(
             1, len(self.model.config.signal_token_ids), self.model.config.get_text_config().hidden_size
         )
         condition = self.model.output_projector(hidden).float()
-        noise = torch.from_numpy(normal(seed, (1, table.noises, *generator.latent_shape)))
+        noise = torch.from_numpy(normal(seed, (1, table.noises, *self.unrolled.latent_shape)))
         latents, seconds = noise[:, 0], []
         for index in range(table.steps):
             begun = time.perf_counter()
             fresh = noise[:, index + 1] if table.noise[index] else None
-            latents = self.unrolled.step.at(index, latents, condition, fresh)
+            latents = self.unrolled.step(latents, condition, fresh, self.unrolled.rows[index])
             seconds.append(time.perf_counter() - begun)
         self.unrolled.decoder(latents)
         return seconds

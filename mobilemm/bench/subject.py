@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,13 +13,12 @@ import numpy as np
 
 from mobilemm.bench.limits import Decoding
 from mobilemm.bench.result import BundleFacts
-from mobilemm.errors import MobileMMError
 from mobilemm.runtime.backends import Array, Backend, Decoder, open_backend
 from mobilemm.runtime.bundle import MANIFEST, Bundle, open_bundle
 from mobilemm.runtime.conversation import Conversation
 from mobilemm.runtime.image import to_pixels
 from mobilemm.runtime.manifest import Manifest
-from mobilemm.runtime.noise import normal
+from mobilemm.runtime.picture_generator import StepwiseGenerator, open_generator
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.session import Session
 
@@ -96,15 +97,13 @@ class BundleSubject:
         self.backend: Backend = open_backend(bundle, threads) if backend is None else backend
         self.decoder: Decoder | None = None
         self.session = Session(bundle, self.backend, Sampling(max_new_tokens=1))
-        model, generation = self.manifest.model, self.manifest.generation
+        self.generator = open_generator(bundle, self.backend, steps)
+        model = self.manifest.model
         self.context_length = model.context_length
         self.words = words(model.vocab_size, {model.image_token_id, *model.eos_token_ids})
         self.takes_pictures = self.manifest.image is not None
-        self.draws = generation.steps if generation is not None else 0
+        self.draws = self.generator.steps if self.generator is not None else 0
         self.absent = {"projector": "it is part of the vision program"} if self.takes_pictures else {}
-        if steps is not None and steps != self.draws:
-            have = f"draws in {self.draws}" if self.draws else "does not draw"
-            raise MobileMMError(f"{bundle.folder}: --steps {steps}, but this bundle {have}: export it anew")
 
     @property
     def runtime(self) -> str:
@@ -152,13 +151,19 @@ class BundleSubject:
         self.decoder.truncate(length)
 
     def draw(self, seed: int) -> list[float]:
-        assert self.manifest.generation is not None
+        assert self.generator is not None
         shape = [int(size) for size in self.manifest.parts["output_projector"].inputs[0].shape]
         logits = np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
-        inputs = self.backend.run("output_projector", {"signal_logits": logits})
-        inputs["noise"] = normal(seed, self.manifest.generation.noise.shape)
-        self.backend.run("generator", inputs)
-        return []  # the steps are one program
+        condition = self.generator.condition(logits)
+        if not isinstance(self.generator, StepwiseGenerator):
+            list(self.generator.draw(condition, seed))
+            return []  # the steps are one program
+        ends = [time.perf_counter()]
+        for latents in self.generator.latents(condition, seed):
+            ends.append(time.perf_counter())
+            last = latents
+        self.generator.decode(last)
+        return [end - begun for begun, end in pairwise(ends)]
 
 
 def ask_anew(session: Conversation, photos: Sequence[bytes], question: str) -> None:

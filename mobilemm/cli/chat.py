@@ -16,6 +16,7 @@ from mobilemm.cli.conversation import (
     Prompt,
     RepetitionPenalty,
     Seed,
+    Steps,
     System,
     Temperature,
     TopK,
@@ -41,6 +42,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     out: Out = DRAWING,
+    steps: Steps = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; left out, float32 on a CPU.")
     ] = None,
@@ -51,6 +53,7 @@ def chat(
     from rich.console import Console
 
     from mobilemm.data.images import open_image
+    from mobilemm.errors import MobileMMError
 
     # Before torch and transformers, which take seconds to import: a wrong path should be told at once.
     check_out(out)
@@ -72,8 +75,11 @@ def chat(
         where = choose_device(device)
         loaded = load(model, dtype=choose_dtype(dtype, where), device=where, base=base)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p)
+    generator = generator_folder(model)
+    if steps is not None and generator is None:
+        raise MobileMMError(f"--steps {steps}, but this model does not draw")
     session = ChatSession(
-        loaded.model, loaded.processor, sampling, system=system, generator=generator_folder(model)
+        loaded.model, loaded.processor, sampling, system=system, generator=generator, steps=steps
     )
     for picture in pictures:
         session.look_at(picture)

@@ -38,6 +38,10 @@ RepetitionPenalty = Annotated[float, typer.Option(min=0.1, help="Above 1 it disc
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling, and what is drawn, repeatable.")
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, max=50, help="Of a drawing; left out, those that the model was made for."),
+]
 Out = Annotated[
     Path,
     typer.Option("--out", help="Where a drawing goes; a file that is there is kept, and a number added."),

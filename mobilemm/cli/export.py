@@ -121,6 +121,13 @@ def export(
         int | None,
         typer.Option(min=1, max=50, help="Of the generator; left out, those that it was distilled for."),
     ] = None,
+    stepwise: Annotated[
+        bool,
+        typer.Option(
+            "--stepwise",
+            help="The generator step by step: drawings are shown as they come, and made in 1, 2 or 4 steps.",
+        ),
+    ] = False,
     image_size: Annotated[
         int | None, typer.Option(min=28, help="Side of the pictures, for families that leave it open.")
     ] = None,
@@ -243,6 +250,7 @@ def export(
         verify=verify,
         int8_cache=kv_cache == "int8",
         steps=steps,
+        stepwise=stepwise,
         budget=None if q_search is None else int(q_search * 1e6),
     )
     flags: dict[str, dict[str, object]] = {

@@ -16,6 +16,7 @@ from mobilemm.cli.conversation import (
     Prompt,
     RepetitionPenalty,
     Seed,
+    Steps,
     System,
     Temperature,
     TopK,
@@ -38,6 +39,7 @@ def run(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     out: Out = DRAWING,
+    steps: Steps = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads; left out, as many as there are cores.")
     ] = None,
@@ -57,7 +59,7 @@ def run(
     backend = open_backend(opened, threads)
     if opened.manifest.target == "coreml":
         typer.echo(f"runs on {backend.runtime}", err=True)
-    session = Session(opened, backend, sampling, system=system)
+    session = Session(opened, backend, sampling, system=system, steps=steps)
     for picture in image or []:
         session.look_at(picture)
 

@@ -106,13 +106,11 @@ class Generator(nn.Module):
         """(n, 3, H, W) in [0, 1] → latents (n, c, h, w); of a variational autoencoder the mode."""
         encoded = self.autoencoder.encode(pictures * 2 - 1)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (latents - self._shift) * self.autoencoder.config.scaling_factor
+        return (latents - _shift(self.autoencoder)) * self.autoencoder.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, h, w) → pictures (n, 3, H, W) in [0, 1]."""
-        scaled = latents / self.autoencoder.config.scaling_factor + self._shift
-        decoded = self.autoencoder.decode(scaled, return_dict=False)[0]
-        return (decoded / 2 + 0.5).clamp(0, 1)
+        return decode(self.autoencoder, latents)
 
     def denoise(
         self, latents: Tensor, timesteps: Tensor, condition: Tensor, guidance_scale: Tensor | None = None
@@ -122,19 +120,35 @@ class Generator(nn.Module):
         Shapes: latents (n, c, h, w), timesteps () or (n,), condition (n, tokens, width). `guidance_scale`
         (n,) is for a denoiser that takes it as an input (LCM's `time_cond_proj_dim`); 1 when left out.
         """
-        width = self.denoiser.config.time_cond_proj_dim
-        embedded = None
-        if width is not None:
-            scale = latents.new_ones(len(latents)) if guidance_scale is None else guidance_scale
-            embedded = guidance_embedding(scale, width).to(latents.dtype)
-        predicted: Tensor = self.denoiser(
-            latents, timesteps, condition, timestep_cond=embedded, return_dict=False
-        )[0]
-        return predicted
+        return denoise(self.denoiser, latents, timesteps, condition, guidance_scale)
 
-    @property
-    def _shift(self) -> float:
-        return getattr(self.autoencoder.config, "shift_factor", None) or 0.0
+
+def denoise(
+    denoiser: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    condition: Tensor,
+    guidance_scale: Tensor | None = None,
+) -> Tensor:
+    """`Generator.denoise` of a denoiser alone."""
+    width = denoiser.config.time_cond_proj_dim
+    embedded = None
+    if width is not None:
+        scale = latents.new_ones(len(latents)) if guidance_scale is None else guidance_scale
+        embedded = guidance_embedding(scale, width).to(latents.dtype)
+    predicted: Tensor = denoiser(latents, timesteps, condition, timestep_cond=embedded, return_dict=False)[0]
+    return predicted
+
+
+def decode(autoencoder: Any, latents: Tensor) -> Tensor:
+    """`Generator.decode` of an autoencoder alone."""
+    scaled = latents / autoencoder.config.scaling_factor + _shift(autoencoder)
+    decoded = autoencoder.decode(scaled, return_dict=False)[0]
+    return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+def _shift(autoencoder: Any) -> float:
+    return getattr(autoencoder.config, "shift_factor", None) or 0.0
 
 
 def guidance_embedding(guidance_scale: Tensor, width: int) -> Tensor:

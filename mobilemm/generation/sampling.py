@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilemm.errors import MobileMMError
-from mobilemm.generation.generator import Generator
+from mobilemm.generation.generator import Generator, decode, denoise
 
 # Those of the published consistency models: the solver's steps, σ_data, time's scale.
 ORIGINAL_STEPS = 50
@@ -44,6 +44,14 @@ class SamplingTable:
     @property
     def noises(self) -> int:
         return 1 + sum(value != 0 for value in self.noise)
+
+    @property
+    def rows(self) -> list[list[float]]:
+        """Of each step what `GeneratorStep` takes as `scales`, `initial` within the first."""
+        enters = [self.initial] + [1.0] * (self.steps - 1)
+        latents = [value * enter for value, enter in zip(self.latents, enters, strict=True)]
+        columns = (self.timesteps, enters, latents, self.prediction, self.noise)
+        return [list(row) for row in zip(*columns, strict=True)]
 
 
 def sampling_table(
@@ -96,6 +104,9 @@ class UnrolledGenerator(nn.Module):
     the table) is 1 for deterministic samplers, and the number of steps for those that renew the noise.
     """
 
+    rows: Tensor
+    """The table's, float32 (steps, 5)."""
+
     def __init__(
         self,
         generator: Generator,
@@ -104,9 +115,12 @@ class UnrolledGenerator(nn.Module):
         guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.step = GeneratorStep(generator, steps, sampler, guidance_scale)
+        self.step = GeneratorStep(generator, guidance_scale)
         self.decoder = LatentDecoder(generator)
-        self.table = self.step.table
+        self.table = sampling_table(generator, steps, sampler)
+        self.latent_shape = generator.latent_shape
+        rows = torch.tensor(self.table.rows, dtype=torch.float32, device=generator.alphas_cumprod.device)
+        self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
         return self.decoder(self.latents(condition, noise))
@@ -116,64 +130,33 @@ class UnrolledGenerator(nn.Module):
         latents = noise[:, 0]
         for index in range(self.table.steps):
             fresh = noise[:, index + 1] if self.table.noise[index] else None
-            latents = self.step.at(index, latents, condition, fresh)
+            latents = self.step(latents, condition, fresh, self.rows[index])
         return latents
 
 
 class GeneratorStep(nn.Module):
-    """One step of the sampler; `step` chooses its row of the table, so that one graph serves them all.
+    """One step of a sampler, whose numbers are an input: one graph serves any sampler and number of steps.
 
-    Shapes: latents (n, c, h, w), condition (n, tokens, width), noise as the latents, step () int64 → latents.
-    The first step's latents are noise; `noise` is read by samplers that renew it, and counts for nothing in
-    others.
+    Shapes: latents (n, c, h, w), condition (n, tokens, width), noise as the latents, scales (5,): a row of
+    `SamplingTable.rows` → latents. The first step's latents are noise; `noise` is read by samplers that renew
+    it, and may be None where it counts for nothing.
     """
 
-    # Buffers (steps,), so that an exported graph picks a row by the step's index.
-    timesteps: Tensor
-    scales: Tensor
     guidance: Tensor
 
-    def __init__(
-        self,
-        generator: Generator,
-        steps: int | None = None,
-        sampler: str | None = None,
-        guidance_scale: float | None = None,
-    ) -> None:
+    def __init__(self, generator: Generator, guidance_scale: float | None = None) -> None:
         super().__init__()
-        self.generator: Any = generator
-        self.table = sampling_table(generator, steps, sampler)
+        self.denoiser: Any = generator.denoiser
         scale = generator.settings.guidance_scale if guidance_scale is None else guidance_scale
         self.register_buffer("guidance", torch.tensor([float(scale)]), persistent=False)
-        device = generator.alphas_cumprod.device
-        timesteps = torch.tensor(self.table.timesteps, dtype=torch.float32, device=device)
-        enters = [self.table.initial] + [1.0] * (self.table.steps - 1)
-        latents = [value * enter for value, enter in zip(self.table.latents, enters, strict=True)]
-        scales = torch.tensor(
-            [enters, latents, self.table.prediction, self.table.noise], dtype=torch.float32, device=device
-        )
-        self.register_buffer("timesteps", timesteps, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
 
-    def forward(self, latents: Tensor, condition: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        index = step.reshape(1)
-        scales = self.scales.index_select(1, index)[:, 0]
-        return self._next(latents, condition, noise, self.timesteps.index_select(0, index)[0], scales)
-
-    def at(self, step: int, latents: Tensor, condition: Tensor, noise: Tensor | None) -> Tensor:
-        """`forward` for a step that is known beforehand: its numbers are constants of the graph."""
-        return self._next(latents, condition, noise, self.timesteps[step], self.scales[:, step])
-
-    def _next(
-        self, latents: Tensor, condition: Tensor, noise: Tensor | None, timestep: Tensor, scales: Tensor
-    ) -> Tensor:
-        scales, times = scales.to(latents.dtype), timestep.expand(latents.shape[0])
-        entering = latents * scales[0]
-        takes_scale = self.generator.denoiser.config.time_cond_proj_dim is not None
+    def forward(self, latents: Tensor, condition: Tensor, noise: Tensor | None, scales: Tensor) -> Tensor:
+        times, scales = scales[0].expand(latents.shape[0]), scales.to(latents.dtype)
+        takes_scale = self.denoiser.config.time_cond_proj_dim is not None
         guidance = self.guidance.expand(latents.shape[0]) if takes_scale else None
-        predicted: Tensor = self.generator.denoise(entering, times, condition, guidance)
-        following = latents * scales[1] + predicted * scales[2]
-        return following if noise is None else following + noise * scales[3]
+        predicted: Tensor = denoise(self.denoiser, latents * scales[1], times, condition, guidance)
+        following = latents * scales[2] + predicted * scales[3]
+        return following if noise is None else following + noise * scales[4]
 
 
 class LatentDecoder(nn.Module):
@@ -181,10 +164,10 @@ class LatentDecoder(nn.Module):
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
-        self.generator = generator
+        self.autoencoder: Any = generator.autoencoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.generator.decode(latents)
+        return decode(self.autoencoder, latents)
 
 
 @torch.no_grad()

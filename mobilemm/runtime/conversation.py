@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.drawing import Drawn
+from mobilemm.runtime.drawing import Drawn, Sketch
 from mobilemm.runtime.sampling import Sampling
 
 
@@ -48,7 +48,8 @@ class Conversation(ABC):
     def stream(self, text: str) -> Iterator[str]:
         """The answer to `text` as it comes, in pieces of whole characters that join to the answer.
 
-        A picture that the model draws is a piece of its own, a `Drawn`, whose text is empty.
+        A picture that the model draws is a piece of its own, a `Drawn`, whose text is empty; so is each
+        `Sketch` that comes before it.
 
         A stream that is closed early, or interrupted with Ctrl-C, stops the model; what it had said by then
         is remembered as its answer, or, when it had said nothing, the turn is forgotten.
@@ -64,7 +65,8 @@ class Conversation(ABC):
         try:
             with closing(self._answer([*self.messages, turn])) as answer:
                 for piece in answer:
-                    pieces.append(piece)
+                    if not isinstance(piece, Sketch):
+                        pieces.append(piece)
                     yield piece
             finished = True
         except (GeneratorExit, KeyboardInterrupt):

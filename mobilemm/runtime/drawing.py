@@ -55,6 +55,24 @@ class Drawn(str):
         return free
 
 
+class Sketch(str):
+    """A piece of an answer that shows a picture on its way, behind one of its steps; as text it is empty.
+
+    Attributes:
+        picture: uint8 (height, width, 3), RGB.
+        step, steps: behind which of how many.
+    """
+
+    picture: NDArray[np.uint8]
+    step: int
+    steps: int
+
+    def __new__(cls, picture: NDArray[np.uint8], step: int, steps: int) -> Sketch:
+        made = super().__new__(cls, "")
+        made.picture, made.step, made.steps = picture, step, steps
+        return made
+
+
 def choose_seed(seed: int | None) -> int:
     """The seed given, or a new one, short enough to be typed again."""
     return secrets.randbits(32) if seed is None else seed

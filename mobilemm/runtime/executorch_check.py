@@ -22,6 +22,8 @@ METHODS = {
     "decoder": "text_decoder",
     "output_projector": "output_projector",
     "generator": "generator",
+    "denoiser": "denoiser",
+    "image_decoder": "image_decoder",
 }
 """Part → method, as ExecuTorch's own multimodal runner names it; it knows none that draws."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 SCHEMA_VERSION = 1
 
@@ -189,13 +189,27 @@ class Noise(Strict):
     shape: Annotated[list[Size], Field(min_length=1, max_length=8)]
 
 
+MOST_STEPS = 50
+Scale = Annotated[float, Field(ge=-1e9, le=1e9)]
+# Timestep; then what is multiplied: latents that enter the denoiser, latents, its prediction, fresh noise.
+Row = Annotated[list[Scale], Field(min_length=5, max_length=5)]
+Schedule = Annotated[list[Row], Field(min_length=1, max_length=MOST_STEPS)]
+
+
 class Generation(Strict):
-    """How a picture is drawn, in a bundle with the parts `output_projector` and `generator`.
+    """How a picture is drawn, in a bundle with the parts `output_projector` and `generator`, or step by step.
 
     When the model says the first signal token, all of them are fed to it, whatever it would have said next.
     Their logits, of the vocabulary's first words only (as many as `signal_logits` has), go through
     `output_projector`; `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width)
     in [0, 1], is shown. The model goes on behind the last signal token.
+
+    With `schedules` the parts `denoiser` and `image_decoder` are there instead of `generator`. A schedule is
+    of as many steps as it has rows, and one of them has `steps`. The first noise is the first `latents`; each
+    row, as `scales`, goes through `denoiser` with latents, condition and noise, and `next_latents` are the
+    next step's; behind the last, or any, `image_decoder` makes `picture` of them. A row whose last number is
+    not 0 takes the next noise, others take zeros: `noise.shape` is for `steps`, its second dimension 1 and
+    the count of such rows, as for the rows of every other schedule.
     """
 
     signal_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=64)]
@@ -203,6 +217,12 @@ class Generation(Strict):
     width: Size
     steps: Size
     noise: Noise
+    schedules: Annotated[list[Schedule], Field(min_length=1, max_length=MOST_STEPS)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Bundles without schedules stay readable for those who do not know them."""
+        return {key: value for key, value in whole(self).items() if value is not None}
 
 
 class Golden(Strict):

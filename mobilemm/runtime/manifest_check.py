@@ -13,7 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from mobilemm.errors import MobileMMError
-from mobilemm.runtime.manifest import PATH_PATTERN, SCHEMA_VERSION, Manifest, Part, Tensor
+from mobilemm.runtime.manifest import (
+    PATH_PATTERN,
+    SCHEMA_VERSION,
+    Generation,
+    Manifest,
+    Part,
+    Schedule,
+    Tensor,
+)
 
 LARGEST_MANIFEST = 16 * 2**20
 DEEPEST = 64
@@ -272,16 +280,20 @@ def _drawing_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     generation, model = manifest.generation, manifest.model
     if generation is None:
         return
-    for name in ("output_projector", "generator"):
+    stepwise = generation.schedules is not None
+    for name in ("output_projector", *(STEPWISE if stepwise else ("generator",))):
         if name not in manifest.parts:
             yield "generation", f"the part {name!r} is missing"
             return
+    for name in ("generator",) if stepwise else STEPWISE:
+        if name in manifest.parts:
+            yield "generation.schedules", f"{'are' if stepwise else 'miss'}, but there is a part {name!r}"
     signals = generation.signal_token_ids
     if signals[-1] >= model.vocab_size or signals != list(range(signals[0], signals[0] + len(signals))):
         yield "generation.signal_token_ids", "must follow each other, inside the vocabulary"
     if math.prod(generation.noise.shape) > MOST_NOISE:
         yield "generation.noise.shape", f"has more than {MOST_NOISE:,} numbers"
-    projector, generator = manifest.parts["output_projector"], manifest.parts["generator"]
+    projector = manifest.parts["output_projector"]
     known = {tensor.name: tensor.shape for tensor in (*projector.inputs, *projector.outputs)}
     words = known.get("signal_logits", [])[-1:]
     if not words or not isinstance(words[0], int) or words[0] > model.vocab_size:
@@ -298,10 +310,37 @@ def _drawing_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from _tensor_faults(
         "output_projector", projector, "inputs", "signal_logits", (1, len(signals), words[0])
     )
+    picture = (1, 3, generation.height, generation.width)
+    if generation.schedules is not None:
+        yield from _schedule_faults(generation, generation.schedules)
+        denoiser, decoder = (manifest.parts[name] for name in STEPWISE)
+        latents = (1, *generation.noise.shape[2:])
+        shapes = {"latents": latents, "condition": fixed, "noise": latents, "scales": (5,)}
+        for name, shape in shapes.items():
+            yield from _tensor_faults("denoiser", denoiser, "inputs", name, shape)
+        yield from _tensor_faults("denoiser", denoiser, "outputs", "next_latents", latents)
+        yield from _tensor_faults("image_decoder", decoder, "inputs", "latents", latents)
+        yield from _tensor_faults("image_decoder", decoder, "outputs", "picture", picture)
+        return
+    generator = manifest.parts["generator"]
     yield from _tensor_faults("generator", generator, "inputs", "condition", fixed)
     yield from _tensor_faults("generator", generator, "inputs", "noise", tuple(generation.noise.shape))
-    picture = (1, 3, generation.height, generation.width)
     yield from _tensor_faults("generator", generator, "outputs", "picture", picture)
+
+
+def _schedule_faults(generation: Generation, schedules: list[Schedule]) -> Iterator[tuple[str, str]]:
+    """Whether there is one for each number of steps, and noise for all."""
+    counts = [len(rows) for rows in schedules]
+    if generation.steps not in counts or len(set(counts)) < len(counts):
+        yield "generation.schedules", f"must be one for each number of steps, {generation.steps} among them"
+        return
+    noises = {len(rows): 1 + sum(row[4] != 0 for row in rows) for rows in schedules}
+    shape = generation.noise.shape
+    if len(shape) != 5 or shape[:2] != [1, noises[generation.steps]]:
+        wanted = f"(1, {noises[generation.steps]}, channels, height, width)"
+        yield "generation.noise.shape", f"is {shown(str(tuple(shape)))}, where {wanted} is expected"
+    elif max(noises.values()) * math.prod(shape[2:]) > MOST_NOISE:
+        yield "generation.schedules", f"take more than {MOST_NOISE:,} numbers of noise"
 
 
 def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -332,6 +371,7 @@ def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from _tensor_faults("decoder", decoder, "outputs", "logits", (1, 1, model.vocab_size))
 
 
+STEPWISE = ("denoiser", "image_decoder")
 FLOATS = ("float32", "float16")
 MOST_NOISE = 2**26
 """Numbers that a session makes for one picture; Stable Diffusion's takes 2**16 at 1024 pixels."""

@@ -102,7 +102,7 @@ class ChatSession(Conversation):
         hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -count:]
         condition = self.model.output_projector(hidden).float()
         seed = choose_seed(self.sampling.seed)
-        shape = (1, self._pictures.table.noises, *self._pictures.step.generator.latent_shape)
+        shape = (1, self._pictures.table.noises, *self._pictures.latent_shape)
         noise = torch.from_numpy(normal(seed, shape)).to(condition.device)
         picture = self._pictures(condition, noise).cpu().numpy()
         return Drawn(to_uint8(picture), seed, self.processor.signal_text, time.perf_counter() - begun)

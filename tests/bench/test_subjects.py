@@ -31,10 +31,14 @@ def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle_that_draws(drawer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(drawer, tmp_path_factory.mktemp("bundles") / "draws")
+
+
+def _export(drawer: Path, folder: Path, stepwise: bool = False) -> Path:
     pytest.importorskip("onnxruntime")
     plan = make_plan("fp32", vision="fp32", generator="fp32")
-    folder = tmp_path_factory.mktemp("bundles") / "draws"
-    export_bundle(str(drawer), find_target("onnx"), folder, ExportOptions(plan=plan, steps=STEPS))
+    options = ExportOptions(plan=plan, steps=STEPS, stepwise=stepwise)
+    export_bundle(str(drawer), find_target("onnx"), folder, options)
     return folder
 
 
@@ -73,6 +77,14 @@ def test_a_bundle_that_draws_is_timed(bundle_that_draws: Path) -> None:
     # The steps are one program: a step is its share of the whole.
     assert step.median == pytest.approx(draw.median / STEPS, rel=0.2)
     assert result.bundle.parts.keys() >= {"output_projector", "generator"}
+
+
+def test_a_bundle_that_draws_step_by_step_is_timed(drawer: Path, tmp_path: Path) -> None:
+    bundle = _export(drawer, tmp_path / "steps", stepwise=True)
+    result = bench_here(bundle, SETTINGS.model_copy(update={"steps": 4}))
+    assert len(result.figure("draw").runs) == SETTINGS.runs
+    assert len(result.figure("draw_step").runs) == SETTINGS.runs * 4  # each step by itself
+    assert result.bundle.parts.keys() >= {"output_projector", "denoiser", "image_decoder"}
 
 
 def test_other_steps_than_a_bundle_has_are_refused(bundle_that_draws: Path, bundle: Path) -> None:

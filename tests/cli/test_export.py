@@ -25,7 +25,7 @@ def test_help_names_every_flag(run: Run) -> None:
         *("--target", "--output", "--force", "--dtype", "--q-llm", "--q-embed", "--q-vision", "--q-method"),
         *("--block-size", "--asymmetric", "--q-keep", "--q-search", "--calibration", "--max-seq-len"),
         *("--image-size", "--opset", "--kv-cache", "--standard-ops", "--accuracy-level", "--ort-format"),
-        *("--backend", "--allow-fallback", "--no-verify", "--dry-run"),
+        *("--backend", "--allow-fallback", "--no-verify", "--dry-run", "--steps", "--stepwise"),
     ):
         assert flag in ended.stdout, flag
 
@@ -51,6 +51,7 @@ def test_help_names_every_flag(run: Run) -> None:
         (["-t", "executorch", "--asymmetric"], "--target executorch: linear layers have no zero points"),
         (["-t", "executorch", "--block-size", "16"], "--block-size 32"),
         (["-t", "executorch", "--q-vision", "int6"], "'vision' in int6 is not possible; choose int4 or int8"),
+        (["--stepwise"], "--stepwise: this model does not draw"),
         (["-t", "onnx", "-t", "coreml"], "with several targets leave -o out"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,

@@ -106,6 +106,14 @@ def test_what_is_no_bundle(run: Run, bundle: Path, tmp_path: Path, change: Any, 
     assert why in run("run", folder, "-p", "a").error
 
 
+def test_steps_are_for_what_draws(run: Run, bundle: Path, pristine: Path) -> None:
+    for command, folder in (("run", bundle), ("chat", pristine)):
+        ended = run(command, folder, "-p", "a", "--steps", 3)
+        assert ended.code == 2
+        assert "--steps 3, but this" in ended.error
+        assert "does not draw" in ended.error
+
+
 def test_a_model_folder_is_no_bundle(run: Run, pristine: Path) -> None:
     assert "is no bundle" in run("run", pristine, "-p", "a").error
 

@@ -110,11 +110,11 @@ def test_one_graph_and_steps_apart_draw_as_diffusers(
     assert pictures.max() <= 1
     assert torch.allclose(pictures, generator.decode(expected), atol=1e-6)
 
-    step, decoder = GeneratorStep(generator, steps), LatentDecoder(generator)
+    step, decoder = GeneratorStep(generator), LatentDecoder(generator)
     latents = noise[:, 0]
-    for index in range(steps):
+    for index, row in enumerate(unrolled.table.rows):
         fresh = noise[:, index + 1] if index + 1 < noise.shape[1] else torch.zeros_like(latents)
-        latents = step(latents, condition, fresh, torch.tensor(index))
+        latents = step(latents, condition, fresh, torch.tensor(row))
     assert torch.allclose(decoder(latents), pictures, atol=1e-6)
 
 
@@ -150,11 +150,11 @@ def test_the_graph_has_no_branches(generators: dict[str, Generator]) -> None:
     program = torch.export.export(unrolled, (condition, noise))
     with torch.no_grad():
         assert torch.allclose(program.module()(condition, noise), unrolled(condition, noise), atol=1e-6)
-    step = GeneratorStep(generator, 2, "lcm").eval()
-    arguments = (noise[:, 0], condition, noise[:, 1], torch.tensor(0))
-    program = torch.export.export(step, arguments)
+    step = GeneratorStep(generator).eval()
+    first, second = unrolled.rows
+    program = torch.export.export(step, (noise[:, 0], condition, noise[:, 1], first))
     with torch.no_grad():
-        last = (noise[:, 0], condition, noise[:, 1], torch.tensor(1))
+        last = (noise[:, 0], condition, noise[:, 1], second)
         assert torch.allclose(program.module()(*last), step(*last), atol=1e-6)
 
 
