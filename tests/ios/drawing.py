@@ -2,8 +2,8 @@
 
     python -m tests.ios.drawing FOLDER [--also coreml] [--also executorch]
 
-Weights are random, but for the first signal token's, which answers the request with a drawing. `--also`
-exports it for other targets as well, in full precision.
+Weights are random, but for the first signal token's, which answers the request with a drawing. In `stepwise`
+lies the same, exported with --stepwise. `--also` exports it for other targets as well, in full precision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from mobilemm.cli import app
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import open_bundle
-from mobilemm.runtime.drawing import Drawn
+from mobilemm.runtime.drawing import Drawn, Sketch
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.session import Session
 from tests.export.drawing_checkpoint import REQUEST, write_drawer
@@ -31,10 +31,13 @@ def write_drawings(bundle: Path, folder: Path, question: str = REQUEST, max_new_
     backend = open_backend(opened, 1)
     cases = []
     for seed in SEEDS:
-        session = Session(opened, backend, Sampling(max_new_tokens=max_new_tokens, seed=seed))
+        session = Session(opened, backend, Sampling(max_new_tokens=max_new_tokens, seed=seed), sketches=True)
         pieces = list(session.stream(question))
         (drawn,) = [piece for piece in pieces if isinstance(piece, Drawn)]
         (folder / f"{seed}.rgb").write_bytes(drawn.picture.tobytes())
+        sketches = {f"{seed}-{piece.step}.rgb": piece for piece in pieces if isinstance(piece, Sketch)}
+        for file, sketch in sketches.items():
+            (folder / file).write_bytes(sketch.picture.tobytes())
         height, width, _ = drawn.picture.shape
         cases.append(
             {
@@ -44,6 +47,7 @@ def write_drawings(bundle: Path, folder: Path, question: str = REQUEST, max_new_
                 "height": height,
                 "width": width,
                 "file": f"{seed}.rgb",
+                "sketches": list(sketches),
                 "ids": session.answer_ids,
                 "text": "".join(pieces),
                 "memory": session.messages[-1]["content"][0]["text"],
@@ -73,6 +77,9 @@ def main() -> None:
         full = [word for part in ("llm", "vision", "embed", "generator") for word in (f"--q-{part}", "fp32")]
         export(model, target, folder / f"drawer-{target}", *full)
     write_drawings(folder / "drawer-onnx", folder)
+    (folder / "stepwise").mkdir()
+    export(model, "onnx", folder / "stepwise" / "drawer-onnx", "--stepwise")
+    write_drawings(folder / "stepwise" / "drawer-onnx", folder / "stepwise")
     print(f"drawings: {folder}")
 
 

@@ -39,7 +39,8 @@ final class AppModel {
             let opened = try await Task.detached { try ModelBundle.open(folder) }.value
             let backend = try await openBackend(opened)
             let session = try await Session(
-                opened, backend, sampling: Sampling(maxNewTokens: 512), keepVision: Memory.isPlenty(for: opened))
+                opened, backend, sampling: Sampling(maxNewTokens: 512), keepVision: Memory.isPlenty(for: opened),
+                sketches: true)
             self.chat.begin(session)
             (self.bundle, self.backend, self.selected) = (opened, backend, name)
             UserDefaults.standard.set(name, forKey: "selected")

@@ -7,6 +7,7 @@ struct ChatLine: Identifiable {
     enum Content {
         case text(String)
         case picture(PixelRaster, String)
+        case sketch(PixelRaster, String)
     }
 
     let id = UUID()
@@ -82,12 +83,25 @@ final class ChatModel {
                 lines.append(ChatLine(isQuestion: false, content: .text(text)))
             }
         case .drawing(let drawing):
-            lines.append(ChatLine(isQuestion: false, content: .picture(drawing.picture, "Seed \(drawing.seed)")))
+            refine(.picture(drawing.picture, "Seed \(drawing.seed)"))
+        case .sketch(let sketch):
+            refine(.sketch(sketch.picture, "Step \(sketch.step) of \(sketch.steps)"))
+        }
+    }
+
+    /// Shows a picture in the place of the sketch before it, if there is one.
+    private func refine(_ content: ChatLine.Content) {
+        if let last = lines.indices.last, case .sketch = lines[last].content {
+            lines[last].content = content
+        } else {
+            lines.append(ChatLine(isQuestion: false, content: content))
         }
     }
 
     private func finish(_ stats: Stats?) {
         isAnswering = false
+        // Of a drawing that was stopped nothing is remembered.
+        if let last = lines.last, case .sketch = last.content { lines.removeLast() }
         lowMemory = Memory.isLow
         if let stats {
             rate = String(format: "%.1f tokens/s, first after %.2f s", stats.decodeRate, stats.ttft)

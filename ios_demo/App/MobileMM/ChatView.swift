@@ -94,7 +94,7 @@ struct LineView: View {
                     .clipShape(RoundedRectangle(cornerRadius: 14))
                     .textSelection(.enabled)
                     .accessibilityLabel("\(line.isQuestion ? "You" : "Answer"): \(text)")
-            case .picture(let picture, let caption):
+            case .picture(let picture, let caption), .sketch(let picture, let caption):
                 if let image = PictureFile.image(picture) {
                     Image(decorative: image, scale: 1)
                         .resizable()

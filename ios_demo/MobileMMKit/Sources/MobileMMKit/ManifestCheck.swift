@@ -111,10 +111,16 @@ private func tokenFaults(_ manifest: Manifest) throws {
 /// Whether what draws is there, whole, and of one size throughout.
 private func drawingFaults(_ manifest: Manifest) throws {
     guard let generation = manifest.generation else { return }
-    for name in ["output_projector", "generator"] where manifest.parts[name] == nil {
+    let stepwise = ["denoiser", "image_decoder"]
+    let (wanted, others) = generation.schedules == nil ? (["generator"], stepwise) : (stepwise, ["generator"])
+    for name in ["output_projector"] + wanted where manifest.parts[name] == nil {
         throw KeyFault("generation", "the part '\(name)' is missing")
     }
-    let (projector, generator) = (manifest.parts["output_projector"]!, manifest.parts["generator"]!)
+    for name in others where manifest.parts[name] != nil {
+        let are = generation.schedules == nil ? "miss" : "are"
+        throw KeyFault("generation.schedules", "\(are), but there is a part '\(name)'")
+    }
+    let projector = manifest.parts["output_projector"]!
     let signals = generation.signalTokenIds
     if signals.last! >= manifest.model.vocabSize || signals != Array(signals[0]..<signals[0] + signals.count) {
         throw KeyFault("generation.signal_token_ids", "must follow each other, inside the vocabulary")
@@ -133,9 +139,41 @@ private func drawingFaults(_ manifest: Manifest) throws {
     }
     let picture = [1, 3, generation.height, generation.width]
     try tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", [1, signals.count, words])
+    if let schedules = generation.schedules {
+        try scheduleFaults(generation, schedules)
+        let (denoiser, decoder) = (manifest.parts["denoiser"]!, manifest.parts["image_decoder"]!)
+        let latents = [1] + generation.noiseShape[2...]
+        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "latents", latents)
+        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "condition", condition)
+        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "noise", latents)
+        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "scales", [5])
+        try tensorFault("parts.denoiser.outputs", denoiser.outputs, "next_latents", latents)
+        try tensorFault("parts.image_decoder.inputs", decoder.inputs, "latents", latents)
+        try tensorFault("parts.image_decoder.outputs", decoder.outputs, "picture", picture)
+        return
+    }
+    let generator = manifest.parts["generator"]!
     try tensorFault("parts.generator.inputs", generator.inputs, "condition", condition)
     try tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
     try tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
+}
+
+/// Whether there is one for each number of steps, and noise for all.
+private func scheduleFaults(_ generation: Generation, _ schedules: [[[Float]]]) throws {
+    let counts = schedules.map(\.count)
+    guard Set(counts).count == counts.count, let rows = schedules.first(where: { $0.count == generation.steps }) else {
+        throw KeyFault(
+            "generation.schedules", "must be one for each number of steps, \(generation.steps) among them")
+    }
+    let (shape, noises) = (generation.noiseShape, Generation.noises(rows))
+    if shape.count != 5 || Array(shape.prefix(2)) != [1, noises] {
+        throw KeyFault(
+            "generation.noise.shape", "is \(shape), where (1, \(noises), channels, height, width) is expected")
+    }
+    let most = schedules.map(Generation.noises).max()!
+    if product([most] + shape[2...]) ?? .max > Noise.most {
+        throw KeyFault("generation.schedules", "take more than \(Noise.most) numbers of noise")
+    }
 }
 
 private let floats: [DType] = [.float32, .float16]

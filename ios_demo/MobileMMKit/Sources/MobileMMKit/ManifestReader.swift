@@ -148,13 +148,7 @@ private final class Fields {
     func list<T>(
         _ name: String, _ counts: ClosedRange<Int> = 0...Int.max, each: (Json, String) throws -> T
     ) throws -> [T] {
-        let value = try raw(name)
-        guard let values = value.array else { throw KeyFault(key(name), "must be an array, not \(value.shown)") }
-        if !counts.contains(values.count) {
-            let wanted = "\(counts.lowerBound) to \(counts.upperBound)"
-            throw KeyFault(key(name), "has \(values.count) elements, where \(wanted) are expected")
-        }
-        return try values.enumerated().map { try each($0.element, "\(key(name)).\($0.offset)") }
+        try listOf(try raw(name), key(name), counts, each: each)
     }
 
     func tokenIds(_ name: String) throws -> [Int] { try list(name) { try intOf($0, $1, tokens) } }
@@ -169,6 +163,17 @@ private final class Fields {
         }
         return found
     }
+}
+
+private func listOf<T>(
+    _ value: Json, _ key: String, _ counts: ClosedRange<Int>, each: (Json, String) throws -> T
+) throws -> [T] {
+    guard let values = value.array else { throw KeyFault(key, "must be an array, not \(value.shown)") }
+    if !counts.contains(values.count) {
+        let wanted = "\(counts.lowerBound) to \(counts.upperBound)"
+        throw KeyFault(key, "has \(values.count) elements, where \(wanted) are expected")
+    }
+    return try values.enumerated().map { try each($0.element, "\(key).\($0.offset)") }
 }
 
 private func stringOf(_ value: Json, _ key: String, _ lengths: ClosedRange<Int>) throws -> String {
@@ -192,6 +197,12 @@ private func intOf(_ value: Json, _ key: String, _ range: ClosedRange<Int>) thro
 private func doubleOf(_ value: Json, _ key: String) throws -> Double {
     guard let number = value.double else { throw KeyFault(key, "must be a number, not \(value.shown)") }
     return number
+}
+
+private func scaleOf(_ value: Json, _ key: String) throws -> Float {
+    let number = try doubleOf(value, key)
+    if abs(number) > 1e9 { throw KeyFault(key, "must be from -1e9 to 1e9, not \(number)") }
+    return Float(number)
 }
 
 private func pathOf(_ value: Json, _ key: String) throws -> String {
@@ -377,7 +388,12 @@ private func generation(_ of: Fields) throws -> Generation {
         height: try of.size("height"),
         width: try of.size("width"),
         steps: try of.size("steps"),
-        noiseShape: try noise.list("shape", 1...8) { try intOf($0, $1, 1...largestSize) }
+        noiseShape: try noise.list("shape", 1...8) { try intOf($0, $1, 1...largestSize) },
+        schedules: of.optional("schedules") == nil
+            ? nil
+            : try of.list("schedules", 1...Generation.mostSteps) { value, key in
+                try listOf(value, key, 1...Generation.mostSteps) { try listOf($0, $1, 5...5, each: scaleOf) }
+            }
     )
     try noise.end()
     return found

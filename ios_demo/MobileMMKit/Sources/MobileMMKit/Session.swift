@@ -28,10 +28,19 @@ public struct Drawing: Sendable {
     let signal: String
 }
 
-/// A part of an answer: whole characters that join to its text, or a picture.
+/// A picture on its way, behind one of its steps.
+public struct Sketch: Sendable {
+    public let picture: PixelRaster
+    public let step: Int
+    /// How many there are.
+    public let steps: Int
+}
+
+/// A part of an answer: whole characters that join to its text, a picture, or what comes before it.
 public enum Piece: Sendable {
     case text(String)
     case drawing(Drawing)
+    case sketch(Sketch)
 
     /// Empty for a picture.
     public var text: String { if case .text(let text) = self { text } else { "" } }
@@ -77,6 +86,8 @@ public actor Session {
     private let backend: any Backend
     private let system: String?
     private let keepVision: Bool
+    private let sketches: Bool
+    private let generator: PictureGenerator?
     private let thread = ComputeThread()
     private let model: ModelCard
     private let tokenizer: PromptTokenizer
@@ -106,12 +117,17 @@ public actor Session {
     ///   - system: a system prompt, where the model's template takes one.
     ///   - keepVision: false gives the vision part's memory back behind each question about a new picture, and that of
     ///     the parts that draw behind each drawing.
+    ///   - steps: of a drawing; nil: those that the bundle was made for. Throws ``MobileMMError`` for others than the
+    ///     bundle draws in.
+    ///   - sketches: whether a drawing that is made step by step comes as a ``Sketch`` first behind each step but the
+    ///     last. Each takes a run of the part that decodes latents.
     public init(
         _ bundle: ModelBundle, _ backend: any Backend, sampling: Sampling = Sampling(), system: String? = nil,
-        keepVision: Bool = true
+        keepVision: Bool = true, steps: Int? = nil, sketches: Bool = false
     ) async throws {
         (self.bundle, self.backend, self.sampling) = (bundle, backend, sampling)
-        (self.system, self.keepVision) = (system, keepVision)
+        (self.system, self.keepVision, self.sketches) = (system, keepVision, sketches)
+        generator = try PictureGenerator.open(bundle, backend, steps: steps)
         let prompt = bundle.manifest.prompt
         model = bundle.manifest.model
         tokenizer = PromptTokenizer(
@@ -266,7 +282,7 @@ public actor Session {
                 let rest = text.end()
                 if !rest.isEmpty { onPiece(.text(rest)) }
                 let drawing: Drawing
-                (drawing, logits) = try draw(bundle.manifest.generation!, stop)
+                (drawing, logits) = try draw(signals, stop, onPiece: onPiece)
                 seen += signals
                 answerIds += signals
                 stats.newTokens += signals.count
@@ -295,13 +311,16 @@ public actor Session {
     }
 
     /// What the model draws at this place, and the logits (vocabulary) behind the signal tokens.
-    private func draw(_ generation: Generation, _ stop: Stop) throws -> (Drawing, Values<Float>) {
-        let words = bundle.manifest.parts["output_projector"]!.inputs.first { $0.name == "signal_logits" }!.shape[2].size!
-        let signals = try Tensor(.float32, [1, generation.signalTokenIds.count, words])
-        let embeds = try embedded(generation.signalTokenIds, nil)
+    private func draw(
+        _ tokens: [Int], _ stop: Stop, onPiece: (Piece) -> Void
+    ) throws -> (Drawing, Values<Float>) {
+        let generator = generator!
+        let signals = try generator.signals()
+        let words = signals.shape[2]
+        let embeds = try embedded(tokens, nil)
         var at = 0
         var logits: Values<Float>?
-        for index in generation.signalTokenIds.indices {
+        for index in tokens.indices {
             try stop.check()
             logits = try decoder!.decode(try embeds.slice(axis: 1, index..<index + 1), positions: try textPosition())
             at = signals.floats.write(logits!.prefix(words), from: at)
@@ -309,14 +328,14 @@ public actor Session {
         let begun = ContinuousClock.now
         // A new one is short enough to be typed again.
         let seed = sampling.seed ?? UInt64(UInt32.random(in: 0...UInt32.max))
-        var inputs = try backend.run("output_projector", ["signal_logits": signals])
-        inputs["noise"] = try Noise.normal(seed: seed, generation.noiseShape)
-        let picture = try output("picture", of: "generator", in: try backend.run("generator", inputs))
-        if !keepVision { for part in ["output_projector", "generator"] { backend.release(part) } }
+        let picture = try generator.draw(signals, seed: seed) { step, steps, decoded in
+            try stop.check()
+            if sketches { onPiece(.sketch(Sketch(picture: try decoded(), step: step, steps: steps))) }
+        }
+        if !keepVision { generator.release() }
         let drawing = Drawing(
-            picture: PixelRaster(unit: picture.floats, width: generation.width, height: generation.height), seed: seed,
-            seconds: (ContinuousClock.now - begun).seconds,
-            signal: String(tokenizer.decoded(generation.signalTokenIds, special: true)))
+            picture: picture, seed: seed, seconds: (ContinuousClock.now - begun).seconds,
+            signal: String(tokenizer.decoded(tokens, special: true)))
         return (drawing, logits!)
     }
 

@@ -69,6 +69,7 @@ struct CommandLineRunner {
                 let file = free(URL(fileURLWithPath: options.text["--out"]?.last ?? "drawing.png"))
                 try PictureFile.write(drawing.picture, to: file)
                 print("[\(file.path), seed \(drawing.seed)]", terminator: "")
+            case .sketch: break
             }
             fflush(nil)
         }
