@@ -52,7 +52,8 @@ abstract class Conversation(val sampling: Sampling, val system: String?) {
 
     /**
      * The answer to `text`; `onPiece` gets it as it comes, in pieces whose texts join to the answer. A picture that the
-     * model draws is a piece of its own, a [Drawn]; that one is begun is told by [Drawing].
+     * model draws is a piece of its own, a [Drawn]; that one is begun is told by [Drawing], and
+     * what there is of it by each [Sketch].
      *
      * An answer that is stopped by [cancel] ends where it is; what was said by then is remembered, or, when nothing
      * was, the turn is forgotten. Raises [MobileMMError] when the conversation no longer fits into the model's

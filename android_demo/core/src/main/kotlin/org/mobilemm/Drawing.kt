@@ -17,6 +17,11 @@ object Drawing : Piece {
     override val text get() = ""
 }
 
+/** A picture on its way, behind one of its [steps]. */
+class Sketch(val picture: PixelRaster, val step: Int, val steps: Int) : Piece {
+    override val text get() = ""
+}
+
 /**
  * A picture that the model has drawn.
  *

@@ -102,12 +102,17 @@ data class Prompt(
 )
 
 /**
- * How a picture is drawn, in a bundle with the parts `output_projector` and `generator`.
+ * How a picture is drawn, in a bundle with the parts `output_projector` and `generator`, or step by step.
  *
  * When the model says the first signal token, all of them are fed to it, whatever it would have said next. Their
  * logits, of the vocabulary's first words only (as many as `signal_logits` has), go through `output_projector`;
  * `condition` and `noise` through `generator`; `picture`, float32 (1, 3, height, width) in [0, 1], is shown. The model
  * goes on behind the last signal token.
+ *
+ * With `schedules` the parts `denoiser` and `image_decoder` are there instead of `generator`. The first noise is the
+ * first `latents`; each row of a schedule, as `scales`, goes through `denoiser` with latents, condition and noise, and
+ * `next_latents` are the next step's; `image_decoder` makes `picture` of the last. A row whose last number is not 0
+ * takes the next noise, others take zeros.
  */
 data class Generation(
     val signalTokenIds: List<Int>,
@@ -116,6 +121,8 @@ data class Generation(
     val steps: Int,
     /** Of the noise; its numbers are those of [Noise]. */
     val noiseShape: List<Long>,
+    /** Each of as many steps as it has rows; null where all steps are one graph. */
+    val schedules: List<List<FloatArray>>?,
 )
 
 /** Vectors to check a part by, and the least signal-to-noise ratio in dB that it must come within. */

@@ -158,8 +158,16 @@ private fun onnxFaults(manifest: Manifest) {
 /** Whether what draws is there, whole, and of one size throughout. */
 private fun drawingFaults(manifest: Manifest) {
     val generation = manifest.generation ?: return
-    val projector = manifest.parts["output_projector"] ?: fault("generation" to "the part 'output_projector' is missing")
-    val generator = manifest.parts["generator"] ?: fault("generation" to "the part 'generator' is missing")
+    val schedules = generation.schedules
+    val wanted = if (schedules == null) listOf("generator") else STEPWISE
+    for (name in listOf("output_projector") + wanted) {
+        if (name !in manifest.parts) fault("generation" to "the part '$name' is missing")
+    }
+    for (name in STEPWISE + "generator" - wanted.toSet()) {
+        val are = if (schedules == null) "miss" else "are"
+        if (name in manifest.parts) fault("generation.schedules" to "$are, but there is a part '$name'")
+    }
+    val projector = manifest.parts.getValue("output_projector")
     val signals = generation.signalTokenIds
     if (signals.last() >= manifest.model.vocabSize || signals.indices.any { signals[it].toLong() != signals[0].toLong() + it }) {
         fault("generation.signal_token_ids" to "must follow each other, inside the vocabulary")
@@ -177,11 +185,46 @@ private fun drawingFaults(manifest: Manifest) {
         fault("parts.output_projector.outputs" to "'condition' must have a fixed shape")
     }
     tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", listOf(1, signals.size.toLong(), words))
+    val picture = listOf(1L, 3L, generation.height.toLong(), generation.width.toLong())
+    if (schedules != null) {
+        scheduleFaults(generation, schedules)
+        val (denoiser, decoder) = STEPWISE.map { manifest.parts.getValue(it) }
+        val latents = listOf(1L) + generation.noiseShape.drop(2)
+        tensorFault("parts.denoiser.inputs", denoiser.inputs, "latents", latents)
+        tensorFault("parts.denoiser.inputs", denoiser.inputs, "condition", condition)
+        tensorFault("parts.denoiser.inputs", denoiser.inputs, "noise", latents)
+        tensorFault("parts.denoiser.inputs", denoiser.inputs, "scales", listOf(5L))
+        tensorFault("parts.denoiser.outputs", denoiser.outputs, "next_latents", latents)
+        tensorFault("parts.image_decoder.inputs", decoder.inputs, "latents", latents)
+        tensorFault("parts.image_decoder.outputs", decoder.outputs, "picture", picture)
+        return
+    }
+    val generator = manifest.parts.getValue("generator")
     tensorFault("parts.generator.inputs", generator.inputs, "condition", condition)
     tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
-    val picture = listOf(1L, 3L, generation.height.toLong(), generation.width.toLong())
     tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
 }
+
+/** Whether there is one for each number of steps, and noise for all. */
+private fun scheduleFaults(
+    generation: Generation,
+    schedules: List<List<FloatArray>>,
+) {
+    val rows = schedules.firstOrNull { it.size == generation.steps }
+    if (rows == null || schedules.map { it.size }.toSet().size < schedules.size) {
+        fault("generation.schedules" to "must be one for each number of steps, ${generation.steps} among them")
+    }
+    val shape = generation.noiseShape
+    val noises = PictureGenerator.noises(rows)
+    if (shape.size != 5 || shape[0] != 1L || shape[1] != noises.toLong()) {
+        fault("generation.noise.shape" to "is (${shape.joinToString()}), where (1, $noises, channels, height, width) is expected")
+    }
+    if (shape.drop(2).fold(schedules.maxOf(PictureGenerator::noises).toDouble()) { product, size -> product * size } > Noise.MOST) {
+        fault("generation.schedules" to "take more than ${Noise.MOST} numbers of noise")
+    }
+}
+
+private val STEPWISE = listOf("denoiser", "image_decoder")
 
 /** The cache's tensors, layer by layer: `past_key_values.0.key`, `past_key_values.0.value`, … */
 internal fun cacheNames(

@@ -141,9 +141,7 @@ private class Fields(private val map: Map<String, Any?>, private val at: String)
         most: Int = Int.MAX_VALUE,
         each: (Any?, String) -> T,
     ): List<T> {
-        val values = raw(name) as? List<*> ?: throw KeyFault(key(name), "must be an array, not ${shown(map[name])}")
-        if (values.size !in least..most) throw KeyFault(key(name), "has ${values.size} elements, where $least to $most are expected")
-        return values.mapIndexed { index, value -> each(value, "${key(name)}.$index") }
+        return listOf(raw(name), key(name), least, most, each)
     }
 
     fun tokens(name: String) = list(name) { value, at -> intOf(value, at, 0, Int.MAX_VALUE.toLong()).toInt() }
@@ -163,6 +161,31 @@ private fun stringOf(
     if (length !in least..most) throw KeyFault(key, "has $length characters, where $least to $most are expected")
     return value
 }
+
+private fun <T> listOf(
+    value: Any?,
+    key: String,
+    least: Int,
+    most: Int,
+    each: (Any?, String) -> T,
+): List<T> {
+    val values = value as? List<*> ?: throw KeyFault(key, "must be an array, not ${shown(value)}")
+    if (values.size !in least..most) throw KeyFault(key, "has ${values.size} elements, where $least to $most are expected")
+    return values.mapIndexed { index, one -> each(one, "$key.$index") }
+}
+
+private fun scaleOf(
+    value: Any?,
+    key: String,
+): Float {
+    if (value !is Double && value !is Long) throw KeyFault(key, "must be a number, not ${shown(value)}")
+    val number = (value as Number).toDouble()
+    if (Math.abs(number) > LARGEST_SCALE) throw KeyFault(key, "must be from -1e9 to 1e9, not $number")
+    return number.toFloat()
+}
+
+private const val LARGEST_SCALE = 1e9
+private const val MOST_STEPS = 50
 
 private fun intOf(
     value: Any?,
@@ -371,11 +394,17 @@ private fun generation(of: Fields): Generation {
             width = of.size("width"),
             steps = of.size("steps"),
             noiseShape = noise.list("shape", 1, 8) { value, key -> intOf(value, key, 1, SIZE) },
+            schedules = if (of.has("schedules") && of.raw("schedules") != null) of.list("schedules", 1, MOST_STEPS, ::schedule) else null,
         )
     noise.end()
     of.end()
     return found
 }
+
+private fun schedule(
+    value: Any?,
+    key: String,
+) = listOf(value, key, 1, MOST_STEPS) { row, place -> listOf(row, place, 5, 5, ::scaleOf).toFloatArray() }
 
 private fun golden(of: Fields) =
     Golden(file = of.path("file"), part = of.name("part"), floorDb = of.double("floor_db")).also { of.end() }

@@ -37,6 +37,9 @@ class Stats(val promptTokens: Int) {
  * @param backend what runs the bundle's parts; several sessions may share one.
  * @param keepVision false gives the vision part's memory back behind each question about a new picture, and that of the
  *   parts that draw behind each drawing.
+ * @param steps of a drawing; null: those that the bundle was made for. Raises [MobileMMError] for others than it draws in.
+ * @param sketches whether a drawing that is made step by step comes as a [Sketch] first behind each step but the last.
+ *   Each takes a run of the part that decodes latents.
  */
 class Session(
     val bundle: Bundle,
@@ -44,6 +47,8 @@ class Session(
     sampling: Sampling = Sampling(),
     system: String? = null,
     private val keepVision: Boolean = true,
+    steps: Int? = null,
+    private val sketches: Boolean = false,
 ) : Conversation(sampling, system), AutoCloseable {
     private val manifest = bundle.manifest
     private val model = manifest.model
@@ -55,6 +60,11 @@ class Session(
             model.imageTokenId,
             model.numImageTokens,
         )
+    private val generator =
+        manifest.generation.let {
+            if (it == null && steps != null) throw MobileMMError("${bundle.folder}: $steps steps are wanted, but this bundle does not draw")
+            it?.let { PictureGenerator(bundle, backend, it, steps) }
+        }
     private val logitsSize = minOf(tokenizer.size, model.vocabSize)
 
     /** Of the last answer. */
@@ -102,7 +112,7 @@ class Session(
     fun release() {
         close()
         features.clear()
-        for (part in SEES + PictureGenerator.PARTS) backend.release(part)
+        for (part in SEES + PictureGenerator.parts(bundle)) backend.release(part)
     }
 
     /** As the vision part takes it. Raises [MobileMMError] when the bundle takes no pictures. */
@@ -156,7 +166,7 @@ class Session(
             if (generation != null && token == generation.signalTokenIds[0]) {
                 say(text.end())
                 onPiece(Drawing)
-                val (drawn, behind) = draw(generation)
+                val (drawn, behind) = draw(generation, onPiece)
                 logits = behind
                 seen += generation.signalTokenIds
                 answered += generation.signalTokenIds
@@ -183,8 +193,11 @@ class Session(
     }
 
     /** What the model draws at this place, and the logits (vocabulary) behind the signal tokens. */
-    private fun draw(generation: Generation): Pair<Drawn, FloatBuffer> {
-        val generator = PictureGenerator(bundle, backend, generation)
+    private fun draw(
+        generation: Generation,
+        onPiece: (Piece) -> Unit,
+    ): Pair<Drawn, FloatBuffer> {
+        val generator = generator!!
         val signals = generator.signals()
         val rows = signals.floats()
         val words = rows.capacity() / generation.signalTokenIds.size
@@ -197,7 +210,10 @@ class Session(
         }
         val begun = System.nanoTime()
         val seed = chooseSeed(sampling.seed)
-        val shown = generator.draw(signals, seed)
+        val shown =
+            generator.draw(signals, seed) { step, steps, decoded ->
+                if (sketches) onPiece(Sketch(decoded(), step, steps))
+            }
         if (!keepVision) generator.release()
         return Drawn(shown, seed, tokenizer.decode(generation.signalTokenIds, special = true), secondsSince(begun)) to logits
     }

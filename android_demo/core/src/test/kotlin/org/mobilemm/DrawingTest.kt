@@ -79,16 +79,22 @@ class DrawingTest {
         bundle: Bundle,
         backend: Backend,
         folder: File,
+        sketches: Int = 0,
     ) {
         for (case in cases(folder)) {
-            Session(bundle, backend, sampling(case), keepVision = false).use { session ->
+            Session(bundle, backend, sampling(case), keepVision = false, sketches = true).use { session ->
                 val pieces = ArrayList<Piece>()
                 val answer = session.stream(case.text("question")) { pieces += it }
                 assertEquals(case.text("text"), answer)
                 assertEquals(answer, pieces.joinToString("") { it.text })
                 assertEquals(case.ints("ids"), session.answerIds)
                 assertEquals(case.text("memory"), session.messages.last().text)
-                assertEquals(listOf(Drawing::class, Drawn::class), pieces.filter { it !is Words }.map { it::class })
+                val drawing = listOf(Drawing::class) + List(sketches) { Sketch::class } + Drawn::class
+                assertEquals(drawing, pieces.filter { it !is Words }.map { it::class })
+                for (sketch in pieces.filterIsInstance<Sketch>()) {
+                    val rgb = File(folder, "${case.text("seed")}-${sketch.step}.rgb").readBytes()
+                    assertTrue("step ${sketch.step} of ${sketch.steps}", psnr(sketch.picture, rgb) >= 45)
+                }
                 val drawn = pieces.filterIsInstance<Drawn>().single()
                 assertEquals(case.text("seed"), drawn.seed.toString())
                 assertEquals(listOf(case.int("width"), case.int("height")), listOf(drawn.picture.width, drawn.picture.height))
@@ -104,6 +110,26 @@ class DrawingTest {
         assertTrue(cases.size >= 2)
         assertNotEquals(File(folder, cases[0].text("file")).readBytes().toList(), File(folder, cases[1].text("file")).readBytes().toList())
         tiny { drawsAsPython(tiny, it, folder) }
+    }
+
+    @Test fun `step by step the same sketches and picture as in Python, in any of its numbers of steps`() {
+        val steps = File(folder, "stepwise")
+        val bundle = Bundle.open(File(steps, "drawer-onnx"))
+        Watched(OnnxBackend(bundle, threads = 1)).use { backend ->
+            drawsAsPython(bundle, backend, steps, sketches = 3)
+            Session(bundle, backend, sampling(cases[0]), steps = 2).use { it.reply(cases[0].text("question")) }
+            assertEquals(
+                listOf("output_projector", "denoiser", "denoiser", "image_decoder").map { "run $it" },
+                backend.calls.filter { it.startsWith("run") && it != "run embed" }.takeLast(4),
+            )
+            val refused = runCatching { Session(bundle, backend, steps = 3) }.exceptionOrNull()
+            assertTrue("$refused", refused is MobileMMError && "draws in 1, 2, 4: export it" in refused.message!!)
+        }
+        val text = File(bundle.folder, Bundle.MANIFEST).readText()
+        for ((old, new) in listOf("\"steps\": 4" to "\"steps\": 3", "\"scales\"" to "\"scale\"", "\"next_latents\"" to "\"latents\"")) {
+            val error = runCatching { ManifestReader.parse(text.replace(old, new).toByteArray(), "manifest.json") }.exceptionOrNull()
+            assertTrue("$old: $error", error is MobileMMError)
+        }
     }
 
     @Test fun `the default model draws as in Python, too, if it draws`() {
