@@ -11,10 +11,12 @@ import org.mobilemm.Drawn
 import org.mobilemm.Json
 import org.mobilemm.JsonError
 import org.mobilemm.MobileMMError
+import org.mobilemm.PixelRaster
 import org.mobilemm.Said
 import org.mobilemm.Sampling
 import org.mobilemm.SelfCheck
 import org.mobilemm.Session
+import org.mobilemm.Sketch
 import org.mobilemm.Stats
 import java.io.File
 import java.io.IOException
@@ -62,8 +64,8 @@ data class ChatMessage(
 sealed interface Phase {
     object Idle : Phase
 
-    /** Something that takes a while; the text is a string resource. */
-    data class Busy(val text: Int) : Phase
+    /** Something that takes a while; the text is a string resource. Of a drawing on its way, what there is of it. */
+    data class Busy(val text: Int, val sketch: PixelRaster? = null) : Phase
 
     data class Answering(val tokens: Int, val rate: Double) : Phase
 
@@ -233,7 +235,7 @@ class Chat(private val context: Context, private val models: Models) {
         }
         val opened = Backend.open(bundle)
         backend = opened
-        session = Session(bundle, opened, Sampling(maxNewTokens = LONGEST_ANSWER), keepVision = hasRoom(bundle)).also { it.warm() }
+        session = Session(bundle, opened, Sampling(maxNewTokens = LONGEST_ANSWER), keepVision = hasRoom(bundle), sketches = true).also { it.warm() }
         openName = name
         idle()
     }
@@ -283,8 +285,8 @@ class Chat(private val context: Context, private val models: Models) {
             session.stream(question.text) { piece ->
                 // A stop that came before the session had begun.
                 if (stopping) running?.cancel()
-                if (piece is Drawing) {
-                    post { phase = Phase.Busy(R.string.drawing) }
+                if (piece is Drawing || piece is Sketch) {
+                    post { phase = Phase.Busy(R.string.drawing, (piece as? Sketch)?.picture) }
                     return@stream
                 }
                 answer = answer.copy(text = answer.text + piece.text)

@@ -5,6 +5,7 @@ import android.app.Activity
 import android.app.AlertDialog
 import android.content.ActivityNotFoundException
 import android.content.Intent
+import android.graphics.Bitmap
 import android.net.Uri
 import android.os.Build
 import android.os.Bundle
@@ -22,6 +23,7 @@ import android.widget.LinearLayout
 import android.widget.ScrollView
 import android.widget.TextView
 import android.widget.Toast
+import org.mobilemm.PixelRaster
 import java.io.File
 import java.io.IOException
 
@@ -177,6 +179,7 @@ open class ChatActivity : Activity() {
             }
         }
         while (list.childCount > shown.size) list.removeViewAt(shown.size)
+        (chat.phase as? Phase.Busy)?.sketch?.let { list.addView(sketch(it)) }
         showPending()
         findViewById<TextView>(R.id.status).text = status(chat.phase)
         val send = findViewById<ImageButton>(R.id.send)
@@ -245,12 +248,23 @@ open class ChatActivity : Activity() {
         view.setPadding(0, 0, 0, 0)
     }
 
+    /** A drawing on its way, in the place where it will stand. */
+    private fun sketch(sketch: PixelRaster): ImageView {
+        val view = picture(Pictures.bitmap(sketch), PICTURE)
+        enlarge(view)
+        view.contentDescription = getString(R.string.drawing)
+        return view
+    }
+
+    /** A small drawing is shown as large as others. */
+    private fun enlarge(view: ImageView) {
+        view.layoutParams = LinearLayout.LayoutParams(view.maxWidth, view.maxWidth)
+        view.scaleType = ImageView.ScaleType.FIT_START
+    }
+
     private fun drawing(drawing: ChatDrawing): ImageView {
         val view = picture(drawing.file, PICTURE)
-        // A small one is shown as large as others.
-        val pixels = view.maxWidth
-        view.layoutParams = LinearLayout.LayoutParams(pixels, pixels)
-        view.scaleType = ImageView.ScaleType.FIT_START
+        enlarge(view)
         view.contentDescription = getString(R.string.drawn, drawing.asked, drawing.seed)
         view.setOnClickListener { offer(drawing) }
         val label = AccessibilityNodeInfo.AccessibilityAction(AccessibilityNodeInfo.ACTION_CLICK, getString(R.string.save_or_share))
@@ -299,10 +313,17 @@ open class ChatActivity : Activity() {
     private fun picture(
         name: String,
         side: Int,
+    ) = picture(Pictures.thumbnail(chat.pictureFile(name), pixels(side)), side)
+
+    private fun pixels(side: Int) = (side * resources.displayMetrics.density).toInt()
+
+    private fun picture(
+        bitmap: Bitmap?,
+        side: Int,
     ): ImageView {
-        val pixels = (side * resources.displayMetrics.density).toInt()
+        val pixels = pixels(side)
         val view = ImageView(this)
-        view.setImageBitmap(Pictures.thumbnail(chat.pictureFile(name), pixels))
+        view.setImageBitmap(bitmap)
         view.contentDescription = getString(R.string.your_picture)
         view.adjustViewBounds = true
         view.maxWidth = pixels

@@ -51,13 +51,18 @@ object Pictures {
         picture: Raster,
         file: File,
     ) {
+        file.outputStream().use { if (!bitmap(picture).compress(Bitmap.CompressFormat.PNG, 100, it)) throw IOException("no PNG") }
+    }
+
+    /** As Android shows it. */
+    fun bitmap(picture: Raster): Bitmap {
         val bitmap = Bitmap.createBitmap(picture.width, picture.height, Bitmap.Config.ARGB_8888)
         val row = IntArray(picture.width)
         for (y in 0 until picture.height) {
             picture.row(y, row)
             bitmap.setPixels(row, 0, picture.width, 0, y, picture.width, 1)
         }
-        file.outputStream().use { if (!bitmap.compress(Bitmap.CompressFormat.PNG, 100, it)) throw IOException("no PNG") }
+        return bitmap
     }
 
     /** A picture of [write] for the gallery's apps, which need no permission for it since Android 10. Raises [IOException]. */

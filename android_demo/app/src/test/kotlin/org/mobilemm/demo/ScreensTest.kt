@@ -393,6 +393,24 @@ class ScreensTest {
         return ShadowAlertDialog.getLatestDialog() as AlertDialog
     }
 
+    @Test fun `a drawing that is made step by step is shown as it comes`() {
+        val steps = File(System.getProperty("mobilemm.drawing")!!, "stepwise")
+        File(steps, "drawer-onnx").copyRecursively(File(folder, "drawer"))
+        app.models.chosen = "drawer"
+        val request = ((Json.parse(File(steps, "drawings.json").readBytes()) as List<*>)[0] as Map<*, *>)["question"] as String
+        val activity = chat().get()
+
+        fun sketches() = views(activity.window.decorView).count { it is ImageView && it.contentDescription == app.getString(R.string.drawing) }
+        val seen = ArrayList<Int>()
+        app.chat.listen { if ((app.chat.phase as? Phase.Busy)?.sketch != null) seen += sketches() }
+        stopBehindADrawing()
+        activity.ask(request)
+        until("the drawing") { app.chat.phase is Phase.Answered }
+        assertEquals(listOf(1, 1, 1), seen.take(3))
+        assertEquals(0, sketches())
+        assertTrue(activity.drawings().isNotEmpty())
+    }
+
     @Test fun `what is asked for is drawn, and can be saved and shared`() {
         val request = drawer()["question"] as String
         val controller = chat()
