@@ -93,12 +93,11 @@ def schedules(generator: Any, steps: int | None = None) -> list[list[list[float]
     from mobilemm.generation.sampling import sampling_table
     from mobilemm.runtime.manifest import MOST_STEPS
 
-    own = generator.settings.steps if steps is None else steps
-    if own > MOST_STEPS:
-        raise MobileMMError(f"this generator draws in {own} steps: --steps {MOST_STEPS} or fewer")
-    counts = {*STEP_COUNTS, own} | (
-        {generator.settings.steps} if generator.settings.steps <= MOST_STEPS else set()
-    )
+    own = generator.settings.steps
+    wanted = own if steps is None else steps
+    if wanted > MOST_STEPS:
+        raise MobileMMError(f"this generator draws in {wanted} steps: --steps {MOST_STEPS} or fewer")
+    counts = {count for count in (*STEP_COUNTS, own, wanted) if count <= MOST_STEPS}
     return [sampling_table(generator, count).rows for count in sorted(counts)]
 
 
