@@ -317,12 +317,11 @@ public actor Session {
         let generator = generator!
         let signals = try generator.signals()
         let words = signals.shape[2]
-        let embeds = try embedded(tokens, nil)
         var at = 0
         var logits: Values<Float>?
-        for index in tokens.indices {
+        for token in tokens {
             try stop.check()
-            logits = try decoder!.decode(try embeds.slice(axis: 1, index..<index + 1), positions: try textPosition())
+            logits = try feed([token], nil, try textPosition())
             at = signals.floats.write(logits!.prefix(words), from: at)
         }
         let begun = ContinuousClock.now
