@@ -49,7 +49,7 @@ def test_the_app_measures_what_was_sent(phones: Phones) -> None:
     assert result.bundle.bytes == sum(file.bytes for file in open_bundle(BUNDLE).manifest.files)
     assert result.runtime.startswith("onnxruntime ")
     names = {figure.name for figure in result.figures}
-    assert {"load_warm", "image", "vision", "ttft", "pp12", "tg6", "token", "draw", "draw_step"} <= names
+    assert {"load_warm", "image", "vision", "ttft", "pp12", "tg6", "token"} <= names
     assert len(result.figure("tg6").runs) == SETTINGS.runs
     assert len(result.figure("token").runs) == SETTINGS.runs * SETTINGS.new_tokens
     assert result.settings.model_dump() == SETTINGS.model_dump()

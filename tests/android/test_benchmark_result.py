@@ -16,5 +16,6 @@ def test_the_apps_result_is_one() -> None:
     (result,) = read_results(WRITTEN)
     assert result.runtime.startswith("onnxruntime ")
     assert result.figure("tg4").median > 0
+    assert result.figure("draw").median > result.figure("draw_step").median > 0
     assert len(result.figure("token").runs) == 8
     assert result.machine.bandwidth > 1e8
