@@ -6,7 +6,7 @@ They follow from captions by templates alone. What is asked for is the caption; 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from mobilemm.data.pairs import Pair
@@ -159,12 +159,14 @@ def drawing_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any
             }
 
 
-def name_rows(names: Sequence[str], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Of each name one request, every fourth time for the thing in a colour."""
+def name_rows(names: Sequence[str], held_out: Set[str], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Of each name one request, every fourth time for the thing in a colour; never for what is held out."""
     for name in names:
+        if name in held_out:
+            continue
         draw = random.Random(f"{seed}-{name}")
         caption = f"{draw.choice(COLOURS)} {name}" if draw.random() < 0.25 else name
-        yield _request(caption, draw)
+        yield _request(name if caption in held_out else caption, draw)
 
 
 def seen_rows(pairs: Sequence[Pair], seed: int = 0) -> Iterator[dict[str, Any]]:

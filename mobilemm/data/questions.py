@@ -59,8 +59,7 @@ def write_questions(
         if nouns is not None:
             others = (*read_pairs(pairs, "validation"), *read_pairs(pairs, "test"))
             held_out = {pair.caption.lower() for pair in others}
-            names = [name for name in read_names(nouns) if name not in held_out]
-            found["names"] = list(name_rows(names, seed))
+            found["names"] = list(name_rows(read_names(nouns), held_out, seed))
         for name, rows in found.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (writing / f"{name}.jsonl").write_text(text, encoding="utf-8")

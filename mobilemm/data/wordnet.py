@@ -29,7 +29,7 @@ def read_names(path: Path) -> list[str]:
     """The nouns of WordNet's `data.noun` (format: wndb(5WN)) in lower case, sorted, each once.
 
     Those with capitals, as proper and Latin names have, with digits, and of more than three words are left
-    out. Raises MobileMMError for another file.
+    out. Raises MobileMMError for another file, or none.
     """
     names: set[str] = set()
     try:
@@ -41,7 +41,11 @@ def read_names(path: Path) -> list[str]:
                 end = 2 * int(count, 16)
                 if file in FILES:
                     names.update(words[:end:2])
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise MobileMMError(
+            f"{path}: WordNet's nouns cannot be read ({error.strerror}); scripts/fetch_pairs.py fetches them"
+        ) from error
+    except ValueError as error:
         raise MobileMMError(f"{path}: not WordNet's data.noun ({error})") from error
     plain = (name.replace("_", " ") for name in names if name.islower() and name[0].isalpha())
     return sorted(

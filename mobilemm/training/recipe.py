@@ -103,7 +103,11 @@ class Drawing(_Section):
     generator: Path = Field(description="folder of the generator, whose text condition is aimed at")
     anew: bool = Field(default=False, description="forget how the model draws, and begin as one that has not")
     signal_tokens: int = Field(gt=0, le=64, default=4, description="of a model that has none yet")
-    new_projector: bool = Field(default=False, description="start from an output projector initialized anew")
+    new_projector: bool = Field(
+        default=False,
+        description="start from an output projector initialized anew; with cache_states an `mlp` sets what it"
+        " measures its input by",
+    )
     projector: dict[str, Any] = Field(
         default={"type": "transformer"}, description="of a new output projector; its type and options"
     )

@@ -44,12 +44,17 @@ def test_captions_are_asked_for_and_talked_about() -> None:
 
 def test_names_are_asked_for_by_themselves_and_in_colours() -> None:
     names = [f"thing{number}" for number in range(200)]
-    rows = list(name_rows(names))
+    rows = list(name_rows(names, set()))
     captions = [row["messages"][1]["content"][0]["caption"] for row in rows]
     assert all(caption.endswith(name) for name, caption in zip(names, captions, strict=True))
     assert 20 < sum(" " in caption for caption in captions) < 80
     assert all(caption in row["messages"][0]["content"] for row, caption in zip(rows, captions, strict=True))
-    assert rows == list(name_rows(names))
+    assert rows == list(name_rows(names, set()))
+    coloured = next(caption for caption in captions if " " in caption)
+    again = list(name_rows(names, {"thing3", coloured}))
+    assert len(again) == 199
+    said = {row["messages"][1]["content"][0]["caption"] for row in again}
+    assert said == {*captions, coloured.split()[1]} - {coloured, captions[3]}
 
 
 def test_pictures_are_drawn_again() -> None:
