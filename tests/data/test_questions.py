@@ -85,9 +85,7 @@ def test_another_file_than_wordnets(tmp_path: Path, text: str) -> None:
     (tmp_path / "data.noun").write_text(text, encoding="ascii")
     with pytest.raises(MobileMMError, match=r"data\.noun: not WordNet's"):
         read_names(tmp_path / "data.noun")
-    with pytest.raises(
-        MobileMMError, match=r"absent: WordNet's nouns cannot be read.*fetch_pairs"
-    ):
+    with pytest.raises(MobileMMError, match=r"absent: WordNet's nouns cannot be read.*fetch_pairs"):
         read_names(tmp_path / "absent")
 
 
