@@ -181,13 +181,23 @@ class Decoder(nn.Module):
         logits_positions: Tensor | slice | None = None,
     ) -> Tensor:
         """As `forward`, with the cosines and sines that `cache` turns by, one for each rope table."""
-        hidden: Tensor = inputs_embeds
+        return self.logits(*self._through_layers(inputs_embeds, cache, rotary), logits_positions)
+
+    def states(self, inputs_embeds: Tensor, cache: Cache, rotary: Sequence[Rotary]) -> Tensor:
+        """Last hidden states (batch, length, hidden), as the head reads them."""
+        normed: Tensor = self.norm(*self._through_layers(inputs_embeds, cache, rotary))[0]
+        return normed
+
+    def _through_layers(
+        self, hidden: Tensor, cache: Cache, rotary: Sequence[Rotary]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the last layer, in two pieces."""
         residual: Tensor | None = None
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             rope = layer.spec.rope
             hidden, residual = layer(hidden, residual, cache, None if rope is None else rotary[rope])
-        return self.logits(hidden, residual, logits_positions)
+        return hidden, residual
 
     def logits(
         self, hidden: Tensor, residual: Tensor | None, logits_positions: Tensor | slice | None = None
@@ -240,6 +250,13 @@ class EagerCache:
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+
+    def repeated(self, rows: int) -> EagerCache:
+        """One row's cache as that of several rows which begin like it; the original stays as it is."""
+        copies = EagerCache()
+        copies.keys = {index: keys.expand(rows, -1, -1, -1) for index, keys in self.keys.items()}
+        copies.values = {index: values.expand(rows, -1, -1, -1) for index, values in self.values.items()}
+        return copies
 
     def attend(self, attention: Attention, qkv: Tensor, rotary: Rotary | None) -> Tensor:
         q, k, v = attention.split(qkv)

@@ -23,14 +23,20 @@ class OutputProjector(nn.Module):
 
     A decoder gives logits and no hidden states, on every runtime and to every runner. The head is a
     matrix with far more rows than columns, so that some of its rows, inverted, give the state back: to the
-    precision of float32, and without a second output. `read_through` says which rows.
+    precision of float32, and without a second output. `read_through` says which rows; `shift` is what the
+    decoder's quantization adds to the states, and is taken away.
 
     Shapes: (1, signal tokens, words) → (1, tokens, width); the words are the vocabulary's first.
     """
 
-    def __init__(self, projector: nn.Module, words: int, width: int, softcap: float | None = None) -> None:
+    shift: Tensor
+
+    def __init__(
+        self, projector: nn.Module, signal_tokens: int, words: int, width: int, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.reader = nn.Linear(words, width, bias=False)
+        self.register_buffer("shift", torch.zeros(signal_tokens, width))
         self.projector = projector
         self.softcap = softcap
 
@@ -51,7 +57,7 @@ class OutputProjector(nn.Module):
     def forward(self, signal_logits: Tensor) -> Tensor:
         if self.softcap is not None:
             signal_logits = torch.atanh((signal_logits / self.softcap).clamp(-0.9999, 0.9999)) * self.softcap
-        return self.projector(self.reader(signal_logits))
+        return self.projector(self.reader(signal_logits) - self.shift)
 
 
 def words_read(vocab_size: int, hidden_size: int) -> int:

@@ -191,11 +191,12 @@ def _drawing_parts(
     """The output projector, and the generator: of so many steps (None: its own), or step by step."""
     projector: Any = split.output_projector
     words = words_read(spec.vocab_size, spec.hidden_size)
-    reads = OutputProjector(projector, words, spec.hidden_size, spec.logit_softcap)
+    signals = len(split.signal_token_ids)
+    reads = OutputProjector(projector, signals, words, spec.hidden_size, spec.logit_softcap)
     output_projector = Part(
         "output_projector",
         reads.eval(),
-        {"signal_logits": torch.zeros(1, len(split.signal_token_ids), words)},
+        {"signal_logits": torch.zeros(1, signals, words)},
         ("condition",),
     )
     drawing = stepwise_parts(split.generator) if stepwise else [generator_part(split.generator, steps)]

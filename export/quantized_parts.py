@@ -36,6 +36,7 @@ from mobilemm.export.quantization import (
 )
 from mobilemm.export.quantizers import quantize
 from mobilemm.export.sensitivity import measure_damage, spend
+from mobilemm.export.signal_states import measure_bias
 from mobilemm.export.static_quantization import quantize_activations, quantize_convolutions
 
 CALIBRATION_TOKENS, CALIBRATION_LENGTH = 4096, 256
@@ -77,9 +78,10 @@ class QuantizedParts:
             return self._decoder(part, plan)
         if isinstance(part.module, OutputProjector):
             part.module.read_through(self._head(part.module.reader.in_features))
+            self._correct_bias(part.module)
         if name == "embed":
             module = verify.share_tensors(part.module)
-            if (table := self._table()) is None:
+            if (table := self.table()) is None:
                 return verify.with_weights(module, part.weights), plan
             module.table = QuantizedEmbedding(table)
             return module.eval(), plan
@@ -102,7 +104,7 @@ class QuantizedParts:
         decoder = self.model.decoder
         plan = self.options.plan.part("decoder")
         if decoder.spec.tied and not plan.own_head:
-            table = self._table()
+            table = self.table()
             if table is not None:
                 return QuantizedEmbedding(table)(torch.arange(rows))
         elif plan.scheme("lm_head").quantized:
@@ -110,6 +112,20 @@ class QuantizedParts:
             assert isinstance(head, QuantizedLinear)
             return head.quantized.dequantize()[:rows]
         return self.model.parts["decoder"].weights["lm_head.weight"][:rows].float()
+
+    def _correct_bias(self, output_projector: OutputProjector) -> None:
+        """Tells the output projector what rounded weights add to the states that it reads."""
+        table = self.table()
+        decoder, _ = self.module("decoder")
+        assert isinstance(decoder, Decoder)
+        if table is None and not any(isinstance(module, QuantizedLinear) for module in decoder.modules()):
+            return
+        bias = measure_bias(self.model, decoder, table)
+        output_projector.shift = bias.shift
+        self.report(
+            f"output_projector: behind the quantized decoder its conditions' cosine to PyTorch's is"
+            f" {bias.after:.3f} ({bias.before:.3f} with the states' bias)"
+        )
 
     def _decoder(self, part: Part, plan: PartPlan) -> tuple[nn.Module, PartPlan]:
         assert isinstance(part.module, Decoder)
@@ -137,7 +153,7 @@ class QuantizedParts:
         self, part: Part, decoder: Decoder, plan: PartPlan, names: Sequence[str]
     ) -> tuple[Decoder, PartPlan]:
         budget, report = self.options.budget, self.report
-        head = self._table() if decoder.spec.tied and not plan.own_head else None
+        head = self.table() if decoder.spec.tied and not plan.own_head else None
         data = None
         if budget is not None or any(uses_data(plan.scheme(name)) for name in names):
             data = calibration_embeddings(self.model, self.samples)
@@ -166,7 +182,7 @@ class QuantizedParts:
         ]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
-    def _table(self) -> QuantizedWeight | None:
+    def table(self) -> QuantizedWeight | None:
         """The embedding's table as stored, None when it stays in floating point."""
         scheme = self.options.plan.part("embed").scheme("table")
         if scheme.quantized and self._made_table is None:

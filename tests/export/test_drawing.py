@@ -14,11 +14,12 @@ import mobilemm
 from mobilemm.errors import MobileMMError
 from mobilemm.export import verify
 from mobilemm.export.assemble import export_bundle
-from mobilemm.export.decoder import EagerCache
+from mobilemm.export.decoder import Decoder, EagerCache
 from mobilemm.export.drawing import OutputProjector, peak_signal_to_noise, words_read
 from mobilemm.export.model import open_model
 from mobilemm.export.options import ExportOptions
 from mobilemm.export.quantization import make_plan
+from mobilemm.export.quantized_parts import QuantizedParts
 from mobilemm.export.targets import find_target
 from mobilemm.generation.generator import Generator, load_generator
 from mobilemm.generation.sampling import GeneratorStep, UnrolledGenerator
@@ -313,6 +314,41 @@ def test_logits_tell_the_hidden_states(drawer: Path) -> None:
         wanted = projector(states[:, -SIGNALS:])
         found = part(logits[..., : part.reader.in_features])
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_what_rounded_weights_add_to_the_states_is_taken_away(drawer: Path) -> None:
+    """Through an int4 decoder the mean condition of requests is PyTorch's again, and each is nearer to it."""
+    model = open_model(str(drawer), ExportOptions())
+    said: list[str] = []
+    options = ExportOptions(plan=make_plan(method="rtn", block_size=32, embed="int4", generator="fp32"))
+    parts = QuantizedParts(model, options, [], report=said.append)
+    decoder, _ = parts.module("decoder")
+    part, _ = parts.module("output_projector")
+    assert isinstance(decoder, Decoder)
+    assert isinstance(part, OutputProjector)
+    signals = list(model.split.signal_token_ids)
+    rows = [model.tokenizer.encode([{"role": "user", "content": f"Draw {it}."}]) for it in ("a hat", "tea")]
+    exact, raw, corrected = [], [], []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row + signals])
+            embedded = model.embed(ids[0].tolist(), [])
+            wanted = verify.decoder_states(model.parts["decoder"], {"inputs_embeds": embedded})[:, -SIGNALS:]
+            logits = decoder(parts.module("embed")[0].table(ids), EagerCache())[:, -SIGNALS:]
+            states = part.reader(logits[..., : part.reader.in_features])
+            exact.append(wanted)
+            raw.append(states)
+            corrected.append(states - part.shift)
+    error = [float((torch.stack(found) - torch.stack(exact)).square().mean()) for found in (raw, corrected)]
+    assert error[1] < 0.8 * error[0]
+    assert any("behind the quantized decoder" in line for line in said)
+
+
+def test_a_decoder_in_float32_adds_nothing_to_the_states(drawer: Path) -> None:
+    model = open_model(str(drawer), ExportOptions())
+    part, _ = QuantizedParts(model, ExportOptions(), []).module("output_projector")
+    assert isinstance(part, OutputProjector)
+    assert not part.shift.any()
 
 
 def test_a_head_that_tells_too_little_is_refused(tmp_path: Path) -> None:
