@@ -183,7 +183,7 @@ def keep_states(
                 found |= {f"{name}:{kind}": tensor for kind, tensor in kept.items()}
             if start // STATES_BATCH % 16 == 0:
                 report(f"the language model's states: {start:,} of {len(by_length):,} rows")
-        _write(found, path)
+        write_tensors(found, path)
     states: dict[str, dict[str, Tensor]] = {name: {} for name in rows}
     for key, tensor in load_file(path).items():
         name, _, kind = key.rpartition(":")
@@ -231,7 +231,8 @@ def _answer_states(
         }
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that is there when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_suffix(f".{os.getpid()}")
     save_file(tensors, writing)
@@ -264,5 +265,5 @@ def keep_conditions(
     if not path.is_file():
         report(f"encoding {len(ordered):,} captions by {name}")
         encode = open_condition_encoder(settings.generator, name)
-        _write({"conditions": encode(ordered).contiguous()}, path)
+        write_tensors({"conditions": encode(ordered).contiguous()}, path)
     return dict(zip(ordered, load_file(path)["conditions"], strict=True))

@@ -118,6 +118,13 @@ class Drawing(_Section):
         " itself, or for signal tokens that learn by themselves when to be said (sources of a weight below"
         " 1 give the same rows in each epoch)",
     )
+    quantized_share: float = Field(
+        ge=0,
+        le=1,
+        default=0.0,
+        description="with cache_states, of the rows that an output projector learns from: read behind the"
+        " language model as `mobilemm export` quantizes it, the mean error taken away as there",
+    )
 
 
 class Recipe(_Section):
@@ -171,6 +178,14 @@ class Recipe(_Section):
             raise ValueError(
                 "drawing.cache_states: states can be kept only when train.output_projector alone learns, or"
                 " train.signal_tokens alone"
+            )
+        if (
+            self.drawing is not None
+            and self.drawing.quantized_share
+            and not (self.drawing.cache_states and learning == {"output_projector"})
+        ):
+            raise ValueError(
+                "drawing.quantized_share: goes with drawing.cache_states, and train.output_projector alone"
             )
         for name in ("signal_tokens", "output_projector"):
             if getattr(self.train, name).learning_rate and self.drawing is None:

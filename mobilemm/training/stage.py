@@ -178,6 +178,11 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
         if recipe.drawing is not None and recipe.drawing.new_projector and not asking:
             standardize(stage.model, states)
         mixture = _mixture(stage)  # of the rows that are left
+        if recipe.drawing is not None and recipe.drawing.quantized_share:
+            from mobilemm.training.quantized_states import with_quantized_states
+
+            share = recipe.drawing.quantized_share
+            states = with_quantized_states(states, recipe.model, mixture, share, run, report)
         mixture.states = states
     if recipe.drawing is not None:
         from mobilemm.training.drawing import keep_conditions

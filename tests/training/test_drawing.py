@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 
 import mobilemm
 from mobilemm.errors import MobileMMError
+from mobilemm.export.quantization import make_plan
 from mobilemm.generation import conditions
 from mobilemm.generation.generator import load_generator
 from mobilemm.training.drawing import asking_loss, condition_distance
 from mobilemm.training.recipe import Recipe
 from mobilemm.training.stage import check, train
+from tests.export.drawing_checkpoint import OTHER, SIGNALS, write_drawer
 from tests.generation.tiny_generator import write_generator
 
 CAPTIONS = ("red", "green", "blue", "black")
@@ -232,6 +235,65 @@ def test_a_projector_learns_from_kept_states(recipe: Callable[..., Recipe], tmp_
     assert distances[1] < distances[0] / 2
     with pytest.raises(ValueError, match=r"drawing\.cache_states"):
         recipe(**values | {"train": {"output_projector": 1e-2, "signal_tokens": 1e-2}})
+
+
+def test_some_rows_are_read_behind_quantized_weights(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other states than the exact ones, with the same mean; in float32 weights they would be those."""
+    from mobilemm.training import quantized_states
+
+    drawer = write_drawer(tmp_path / "drawer")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(words)},
+                {"role": "assistant", "content": [drawn]},
+            ]
+        }
+        for words in itertools.permutations(OTHER.split(), 3)
+        for drawn in [{"type": "drawing", "caption": CAPTIONS[len(words[0]) % 4]}]
+    ]
+    (tmp_path / "requests.json").write_text(json.dumps(rows))
+    seen: dict[str, Any] = {}
+    real = quantized_states.with_quantized_states
+
+    def look(kept: Any, *others: Any) -> Any:
+        seen["exact"], seen["mixed"] = kept, real(kept, *others)
+        return seen["mixed"]
+
+    monkeypatch.setattr(quantized_states, "with_quantized_states", look)
+    told: list[str] = []
+    drawing = {"generator": drawer / "generator", "cache_states": True, "quantized_share": 0.5}
+    values = {
+        "model": str(drawer),
+        "data": [{"format": "messages", "path": tmp_path / "requests.json"}],
+        "train": {"output_projector": 1e-2},
+        "drawing": drawing,
+        "max_steps": 2,
+    }
+    train(recipe(**values, output=tmp_path / "coarse"), told.append)
+    assert sum("quantized language model's states: 0 of 12 rows" in line for line in told) == 1
+    moved = {
+        name: kept["signal_states"] - seen["exact"][name]["signal_states"]
+        for name, kept in seen["mixed"].items()
+        if not torch.equal(kept["signal_states"], seen["exact"][name]["signal_states"])
+    }
+    assert len(seen["mixed"]) == 24
+    assert len(moved) == 12
+    torch.testing.assert_close(
+        torch.cat([*moved.values()]).mean(0), torch.zeros(SIGNALS, 64), atol=1e-3, rtol=0
+    )
+    assert max(float(difference.abs().max()) for difference in moved.values()) > 0.05
+
+    monkeypatch.setattr(quantized_states, "make_plan", lambda: make_plan("fp32", vision="fp32"))
+    train(recipe(**values, output=tmp_path / "fine"), told.append)
+    for name, kept in seen["exact"].items():
+        difference = (seen["mixed"][name]["signal_states"] - kept["signal_states"]).abs().max()
+        assert float(difference) < 0.01
+
+    with pytest.raises(ValueError, match=r"drawing\.quantized_share"):
+        recipe(**values | {"drawing": drawing | {"cache_states": False}})
 
 
 def test_the_distance_is_the_papers() -> None:
