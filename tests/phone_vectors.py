@@ -9,10 +9,7 @@ manifests that are read or refused, damaged bundles, and what a bundle answers a
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from mobilemm.runtime.prompt import render, with_marks
 from mobilemm.runtime.sampling import Sampler, Sampling
 from mobilemm.runtime.session import Session, rope_positions
 from tests.ios.drawing import write_drawings
+from tests.phone_drawing_manifests import write_drawing_manifests
 from tests.phone_tokenizers import save, write_tokenizers
 from tests.runtime.test_hostile_bundles import DAMAGES
 from tests.runtime.tiny_bundle import tiny_manifest, write_parts
@@ -205,104 +203,6 @@ def write_json_texts(folder: Path) -> None:
         cases.append({"file": f"{index}.json", "read": read})
     assert sum(case["read"] for case in cases) >= 5
     save(folder / "manifests.json", cases)
-
-
-def write_drawing_manifests(folder: Path) -> None:
-    """Manifests of bundles that draw, whole and with one fault each, and the key that Python names."""
-    good = json.loads((folder / "tiny-onnx" / "manifest.json").read_text(encoding="utf-8"))
-    vocabulary = good["model"]["vocab_size"]
-    signals = [vocabulary - 3, vocabulary - 2]
-
-    def tensor(name: str, *shape: int | str) -> dict[str, Any]:
-        return {"name": name, "dtype": "float32", "shape": list(shape)}
-
-    like = good["parts"]["vision"]
-    interfaces = {
-        "output_projector": ([tensor("signal_logits", 1, 2, 16)], [tensor("condition", 1, 3, 8)]),
-        "generator": (
-            [tensor("condition", 1, 3, 8), tensor("noise", 1, 2, 4, 8, 8)],
-            [tensor("picture", 1, 3, 16, 24)],
-        ),
-    }
-    for name, (inputs, outputs) in interfaces.items():
-        good["parts"][name] = {**like, "inputs": inputs, "outputs": outputs}
-    noise = {"rule": "philox4x32-10-box-muller", "shape": [1, 2, 4, 8, 8]}
-    good["generation"] = {
-        "signal_token_ids": signals,
-        "height": 16,
-        "width": 24,
-        "steps": 2,
-        "noise": noise,
-    }
-    projector, generator = ("parts", "output_projector"), ("parts", "generator")
-    changes: list[tuple[tuple[str | int, ...], Any]] = [
-        (("model", "name"), "draws"),
-        (("generation",), None),
-        (("generation",), []),
-        (("generation", "signal_token_ids"), [signals[0], signals[0] + 2]),
-        (("generation", "signal_token_ids"), signals[::-1]),
-        (("generation", "signal_token_ids"), [vocabulary - 1, vocabulary]),
-        (("generation", "signal_token_ids"), []),
-        (("generation", "signal_token_ids"), [2**31]),
-        (("generation", "signal_token_ids"), signals[:1]),
-        (("generation", "signal_token_ids"), [*range(65)]),
-        (("generation", "height"), 17),
-        (("generation", "width"), 0),
-        (("generation", "steps"), 2**20 + 1),
-        (("generation", "steps"), 2.0),
-        (("generation", "more"), 1),
-        (("generation", "noise"), None),
-        (("generation", "noise", "rule"), "dice"),
-        (("generation", "noise", "more"), 1),
-        (("generation", "noise", "shape"), []),
-        (("generation", "noise", "shape"), [1, 2, 4, 8]),
-        (("generation", "noise", "shape"), [1, 2, 4, 8, 0]),
-        (("generation", "noise", "shape"), [1, 2, 4, 9, 8]),
-        (("generation", "noise", "shape"), [1, 1, 4, 8192, 8192]),
-        (("generation", "noise", "shape"), [2**20] * 8),
-        (("generation", "noise", "shape"), [1] * 9),
-        (projector, None),
-        (generator, None),
-        ((*projector, "inputs"), [tensor("logits", 1, 2, 16)]),
-        ((*projector, "inputs", 0, "shape"), [1, 2, "words"]),
-        ((*projector, "inputs", 0, "shape"), [1, 2, vocabulary + 1]),
-        ((*projector, "inputs", 0, "shape"), [1, 3, 16]),
-        ((*projector, "inputs", 0, "shape"), []),
-        ((*projector, "inputs", 0, "dtype"), "int64"),
-        ((*projector, "outputs"), [tensor("conditions", 1, 3, 8)]),
-        ((*projector, "outputs", 0, "shape"), [1, "tokens", 8]),
-        ((*projector, "outputs", 0, "shape"), [1, 4, 8]),
-        ((*generator, "inputs"), [tensor("condition", 1, 3, 8)]),
-        ((*generator, "inputs", 0, "shape"), [1, 3, 9]),
-        ((*generator, "inputs", 1, "dtype"), "uint8"),
-        ((*generator, "outputs"), [tensor("image", 1, 3, 16, 24)]),
-        ((*generator, "outputs", 0, "shape"), [1, 3, 24, 16]),
-        ((*generator, "outputs", 0, "shape"), [1, 3, 16]),
-    ]
-    (folder / "drawing_manifests").mkdir()
-    cases = []
-    for index, (path, value) in enumerate(changes):
-        content = copy.deepcopy(good)
-        place = content
-        for key in path[:-1]:
-            place = place[key]
-        if value is None:
-            del place[path[-1]]
-        else:
-            place[path[-1]] = value
-        text = json.dumps(content)
-        file = f"drawing_manifests/{index}.json"
-        (folder / file).write_text(text, encoding="utf-8")
-        told = ""
-        try:
-            parse_manifest(text.encode(), Path("manifest.json"))
-        except MobileMMError as error:
-            told = str(error)
-        found = re.search(r"key '([^']*)'", told)
-        cases.append({"file": file, "key": found[1] if found else told or None})
-    assert [case["key"] for case in cases[:2]] == [None, None]
-    assert all(case["key"] for case in cases[2:])
-    save(folder / "drawing_manifests.json", cases)
 
 
 # --- prompts and conversations ----------------------------------------------------------------------------

@@ -78,8 +78,10 @@ def choose_seed(seed: int | None) -> int:
     return secrets.randbits(32) if seed is None else seed
 
 
-def to_uint8(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(1, 3, height, width) in [0, 1] → uint8 (height, width, 3), rounded."""
+def to_uint8(picture: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(1, 3, height, width) in [0, 1], float16 too → uint8 (height, width, 3), rounded once."""
     import numpy as np
 
-    return np.rint(np.clip(picture[0], 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy()
+    return (
+        np.rint(np.clip(picture[0].astype(np.float32), 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy()
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,11 @@ def _first_error(error: ValidationError) -> str:
             wrong = "is not known in this format version"
         case "string_pattern_mismatch" if first.get("ctx", {}).get("pattern") == PATH_PATTERN:
             wrong = f"{shown(value)} is no plain path inside the bundle (letters, digits and . _ + - / only)"
+        case "too_long" | "too_short":
+            bounds = first["ctx"]
+            least, most = bounds.get("min_length"), bounds.get("max_length")
+            wanted = f"at most {most}" if least is None else f"at least {least}"
+            wrong = f"has {bounds['actual_length']} elements, where {wanted} are expected"
         case _:
             message = first["msg"][:1].lower() + first["msg"][1:]
             wrong = f"{' '.join(message.split())[:120]}, not {shown(value)}"
@@ -176,6 +182,9 @@ def _file_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
         total = sum(sizes.get(path, 0) for path in part.files)
         if part.bytes != total:
             yield f"{key}.bytes", f"is {part.bytes}, but the part's files have {total}"
+        for side, tensors in (("inputs", part.inputs), ("outputs", part.outputs)):
+            if len({tensor.name for tensor in tensors}) < len(tensors):
+                yield f"{key}.{side}", "two have one name"
     yield from known("prompt.tokenizer", manifest.prompt.tokenizer)
     for index, golden in enumerate(manifest.golden):
         yield from known(f"golden.{index}.file", golden.file)
@@ -236,9 +245,6 @@ def _onnx_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for name, part in manifest.parts.items():
         if not part.file.endswith(".onnx"):
             yield f"parts.{shown(name)[1:-1]}.file", "must be an .onnx file in a bundle for onnx"
-        for side, tensors in (("inputs", part.inputs), ("outputs", part.outputs)):
-            if len({tensor.name for tensor in tensors}) < len(tensors):
-                yield f"parts.{shown(name)[1:-1]}.{side}", "two have one name"
     wanted = ["embed", "decoder"] if image is None else ["vision", "embed", "decoder"]
     for name in wanted:
         if name not in manifest.parts:
@@ -307,25 +313,18 @@ def _drawing_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "parts.output_projector.outputs", "'condition' must have a fixed shape"
         return
     fixed = tuple(size for size in condition if isinstance(size, int))
-    yield from _tensor_faults(
-        "output_projector", projector, "inputs", "signal_logits", (1, len(signals), words[0])
-    )
-    picture = (1, 3, generation.height, generation.width)
-    if generation.schedules is not None:
-        yield from _schedule_faults(generation, generation.schedules)
-        denoiser, decoder = (manifest.parts[name] for name in STEPWISE)
-        latents = (1, *generation.noise.shape[2:])
-        shapes = {"latents": latents, "condition": fixed, "noise": latents, "scales": (5,)}
-        for name, shape in shapes.items():
-            yield from _tensor_faults("denoiser", denoiser, "inputs", name, shape)
-        yield from _tensor_faults("denoiser", denoiser, "outputs", "next_latents", latents)
-        yield from _tensor_faults("image_decoder", decoder, "inputs", "latents", latents)
-        yield from _tensor_faults("image_decoder", decoder, "outputs", "picture", picture)
+    logits = {"signal_logits": (1, len(signals), words[0])}
+    yield from _interface_faults(manifest, "output_projector", logits, {"condition": fixed})
+    picture = {"picture": (1, 3, generation.height, generation.width)}
+    if generation.schedules is None:
+        inputs = {"condition": fixed, "noise": tuple(generation.noise.shape)}
+        yield from _interface_faults(manifest, "generator", inputs, picture)
         return
-    generator = manifest.parts["generator"]
-    yield from _tensor_faults("generator", generator, "inputs", "condition", fixed)
-    yield from _tensor_faults("generator", generator, "inputs", "noise", tuple(generation.noise.shape))
-    yield from _tensor_faults("generator", generator, "outputs", "picture", picture)
+    yield from _schedule_faults(generation, generation.schedules)
+    latents = (1, *generation.noise.shape[2:])
+    inputs = {"latents": latents, "condition": fixed, "noise": latents, "scales": (5,)}
+    yield from _interface_faults(manifest, "denoiser", inputs, {"next_latents": latents})
+    yield from _interface_faults(manifest, "image_decoder", {"latents": latents}, picture)
 
 
 def _schedule_faults(generation: Generation, schedules: list[Schedule]) -> Iterator[tuple[str, str]]:
@@ -334,13 +333,19 @@ def _schedule_faults(generation: Generation, schedules: list[Schedule]) -> Itera
     if generation.steps not in counts or len(set(counts)) < len(counts):
         yield "generation.schedules", f"must be one for each number of steps, {generation.steps} among them"
         return
-    noises = {len(rows): 1 + sum(row[4] != 0 for row in rows) for rows in schedules}
+    # In float32, which is what sessions count in: a small number may be 0 there.
+    noises = {len(rows): 1 + sum(_float32(row[4]) != 0 for row in rows) for rows in schedules}
     shape = generation.noise.shape
     if len(shape) != 5 or shape[:2] != [1, noises[generation.steps]]:
         wanted = f"(1, {noises[generation.steps]}, channels, height, width)"
         yield "generation.noise.shape", f"is {shown(str(tuple(shape)))}, where {wanted} is expected"
     elif max(noises.values()) * math.prod(shape[2:]) > MOST_NOISE:
         yield "generation.schedules", f"take more than {MOST_NOISE:,} numbers of noise"
+
+
+def _float32(number: float) -> float:
+    found: float = struct.unpack("f", struct.pack("f", number))[0]
+    return found
 
 
 def _executorch_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -375,6 +380,22 @@ STEPWISE = ("denoiser", "image_decoder")
 FLOATS = ("float32", "float16")
 MOST_NOISE = 2**26
 """Numbers that a session makes for one picture; Stable Diffusion's takes 2**16 at 1024 pixels."""
+
+
+def _interface_faults(
+    manifest: Manifest,
+    part_name: str,
+    inputs: Mapping[str, tuple[int, ...]],
+    outputs: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, str]]:
+    """Whether a part has these tensors of floating-point numbers, and no other."""
+    part = manifest.parts[part_name]
+    for side, shapes in (("inputs", inputs), ("outputs", outputs)):
+        for name, shape in shapes.items():
+            yield from _tensor_faults(part_name, part, side, name, shape)
+        for tensor in getattr(part, side):
+            if tensor.name not in shapes:
+                yield f"parts.{part_name}.{side}", f"{shown(tensor.name)} is none that a session knows"
 
 
 def _tensor_faults(

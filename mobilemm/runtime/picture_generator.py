@@ -29,7 +29,8 @@ def open_generator(bundle: Bundle, backend: Backend, steps: int | None = None) -
         if steps is not None:
             raise MobileMMError(f"{wrong} does not draw")
         return None
-    words = bundle.manifest.parts["output_projector"].inputs[0].shape[-1]
+    (logits,) = bundle.manifest.parts["output_projector"].inputs
+    words = logits.shape[-1]
     assert isinstance(words, int)
     wanted = generation.steps if steps is None else steps
     if generation.schedules is None:

@@ -45,6 +45,10 @@ private func fileFaults(_ manifest: Manifest) throws {
         if part.bytes != total {
             throw KeyFault("parts.\(name).bytes", "is \(part.bytes), but the part's files have \(total)")
         }
+        for (side, tensors) in [("inputs", part.inputs), ("outputs", part.outputs)]
+        where Set(tensors.map(\.name)).count < tensors.count {
+            throw KeyFault("parts.\(name).\(side)", "two have one name")
+        }
     }
     try known("prompt.tokenizer", manifest.prompt.tokenizer)
     for (index, golden) in manifest.golden.enumerated() {
@@ -137,25 +141,31 @@ private func drawingFaults(_ manifest: Manifest) throws {
     if condition.isEmpty || condition.contains(nil) {
         throw KeyFault("parts.output_projector.outputs", "'condition' must have a fixed shape")
     }
-    let picture = [1, 3, generation.height, generation.width]
-    try tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", [1, signals.count, words])
-    if let schedules = generation.schedules {
-        try scheduleFaults(generation, schedules)
-        let (denoiser, decoder) = (manifest.parts["denoiser"]!, manifest.parts["image_decoder"]!)
-        let latents = [1] + generation.noiseShape[2...]
-        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "latents", latents)
-        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "condition", condition)
-        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "noise", latents)
-        try tensorFault("parts.denoiser.inputs", denoiser.inputs, "scales", [5])
-        try tensorFault("parts.denoiser.outputs", denoiser.outputs, "next_latents", latents)
-        try tensorFault("parts.image_decoder.inputs", decoder.inputs, "latents", latents)
-        try tensorFault("parts.image_decoder.outputs", decoder.outputs, "picture", picture)
-        return
+    let logits = [1, signals.count, words]
+    try interfaceFaults(manifest, "output_projector", [("signal_logits", logits)], [("condition", condition)])
+    let picture = [("picture", [1, 3, generation.height, generation.width] as [Int?])]
+    guard let schedules = generation.schedules else {
+        let inputs = [("condition", condition), ("noise", generation.noiseShape)]
+        return try interfaceFaults(manifest, "generator", inputs, picture)
     }
-    let generator = manifest.parts["generator"]!
-    try tensorFault("parts.generator.inputs", generator.inputs, "condition", condition)
-    try tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
-    try tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
+    try scheduleFaults(generation, schedules)
+    let latents: [Int?] = [1] + generation.noiseShape[2...].map(Optional.some)
+    let inputs = [("latents", latents), ("condition", condition), ("noise", latents), ("scales", [5])]
+    try interfaceFaults(manifest, "denoiser", inputs, [("next_latents", latents)])
+    try interfaceFaults(manifest, "image_decoder", [("latents", latents)], picture)
+}
+
+/// Whether a part has these tensors of floating-point numbers, and no other.
+private func interfaceFaults(
+    _ manifest: Manifest, _ name: String, _ inputs: [(String, [Int?])], _ outputs: [(String, [Int?])]
+) throws {
+    let part = manifest.parts[name]!
+    for (side, tensors, shapes) in [("inputs", part.inputs, inputs), ("outputs", part.outputs, outputs)] {
+        for (tensor, shape) in shapes { try tensorFault("parts.\(name).\(side)", tensors, tensor, shape) }
+        for tensor in tensors where !shapes.contains(where: { $0.0 == tensor.name }) {
+            throw KeyFault("parts.\(name).\(side)", "\(shown(tensor.name)) is none that a session knows")
+        }
+    }
 }
 
 /// Whether there is one for each number of steps, and noise for all.
@@ -194,10 +204,6 @@ private func onnxFaults(_ manifest: Manifest) throws {
     for (name, part) in manifest.parts.sorted(by: { $0.key < $1.key }) {
         if !part.file.hasSuffix(".onnx") {
             throw KeyFault("parts.\(name).file", "must be an .onnx file in a bundle for onnx")
-        }
-        for (side, tensors) in [("inputs", part.inputs), ("outputs", part.outputs)]
-        where Set(tensors.map(\.name)).count < tensors.count {
-            throw KeyFault("parts.\(name).\(side)", "two have one name")
         }
     }
     try required(manifest)

@@ -39,6 +39,9 @@ private fun fileFaults(manifest: Manifest) {
         }
         val total = part.files.sumOf { sizes[it] ?: 0 }
         if (part.bytes != total) fault("parts.$name.bytes" to "is ${part.bytes}, but the part's files have $total")
+        for ((side, tensors) in mapOf("inputs" to part.inputs, "outputs" to part.outputs)) {
+            if (tensors.map { it.name }.toSet().size < tensors.size) fault("parts.$name.$side" to "two have one name")
+        }
     }
     known("prompt.tokenizer", manifest.prompt.tokenizer)
     for ((index, golden) in manifest.golden.withIndex()) {
@@ -115,9 +118,6 @@ private fun onnxFaults(manifest: Manifest) {
     val image = manifest.image
     for ((name, part) in manifest.parts) {
         if (!part.file.endsWith(".onnx")) fault("parts.$name.file" to "must be an .onnx file in a bundle for onnx")
-        for ((side, tensors) in mapOf("inputs" to part.inputs, "outputs" to part.outputs)) {
-            if (tensors.map { it.name }.toSet().size < tensors.size) fault("parts.$name.$side" to "two have one name")
-        }
     }
     for (name in if (image == null) listOf("embed", "decoder") else listOf("vision", "embed", "decoder")) {
         if (name !in manifest.parts) fault("parts" to "the part '$name' is missing")
@@ -184,25 +184,34 @@ private fun drawingFaults(manifest: Manifest) {
     if (condition.isEmpty() || null in condition) {
         fault("parts.output_projector.outputs" to "'condition' must have a fixed shape")
     }
-    tensorFault("parts.output_projector.inputs", projector.inputs, "signal_logits", listOf(1, signals.size.toLong(), words))
-    val picture = listOf(1L, 3L, generation.height.toLong(), generation.width.toLong())
-    if (schedules != null) {
-        scheduleFaults(generation, schedules)
-        val (denoiser, decoder) = STEPWISE.map { manifest.parts.getValue(it) }
-        val latents = listOf(1L) + generation.noiseShape.drop(2)
-        tensorFault("parts.denoiser.inputs", denoiser.inputs, "latents", latents)
-        tensorFault("parts.denoiser.inputs", denoiser.inputs, "condition", condition)
-        tensorFault("parts.denoiser.inputs", denoiser.inputs, "noise", latents)
-        tensorFault("parts.denoiser.inputs", denoiser.inputs, "scales", listOf(5L))
-        tensorFault("parts.denoiser.outputs", denoiser.outputs, "next_latents", latents)
-        tensorFault("parts.image_decoder.inputs", decoder.inputs, "latents", latents)
-        tensorFault("parts.image_decoder.outputs", decoder.outputs, "picture", picture)
+    val logits = listOf(1L, signals.size.toLong(), words)
+    interfaceFaults(manifest, "output_projector", mapOf("signal_logits" to logits), mapOf("condition" to condition))
+    val picture = mapOf("picture" to listOf(1L, 3L, generation.height.toLong(), generation.width.toLong()))
+    if (schedules == null) {
+        interfaceFaults(manifest, "generator", mapOf("condition" to condition, "noise" to generation.noiseShape), picture)
         return
     }
-    val generator = manifest.parts.getValue("generator")
-    tensorFault("parts.generator.inputs", generator.inputs, "condition", condition)
-    tensorFault("parts.generator.inputs", generator.inputs, "noise", generation.noiseShape)
-    tensorFault("parts.generator.outputs", generator.outputs, "picture", picture)
+    scheduleFaults(generation, schedules)
+    val latents = listOf(1L) + generation.noiseShape.drop(2)
+    val inputs = mapOf("latents" to latents, "condition" to condition, "noise" to latents, "scales" to listOf(5L))
+    interfaceFaults(manifest, "denoiser", inputs, mapOf("next_latents" to latents))
+    interfaceFaults(manifest, "image_decoder", mapOf("latents" to latents), picture)
+}
+
+/** Whether a part has these tensors of floating-point numbers, and no other. */
+private fun interfaceFaults(
+    manifest: Manifest,
+    name: String,
+    inputs: Map<String, List<Long?>>,
+    outputs: Map<String, List<Long?>>,
+) {
+    val part = manifest.parts.getValue(name)
+    for ((side, tensors, shapes) in listOf(Triple("inputs", part.inputs, inputs), Triple("outputs", part.outputs, outputs))) {
+        for ((tensor, shape) in shapes) tensorFault("parts.$name.$side", tensors, tensor, shape)
+        for (tensor in tensors) {
+            if (tensor.name !in shapes) fault("parts.$name.$side" to "${shown(tensor.name)} is none that a session knows")
+        }
+    }
 }
 
 /** Whether there is one for each number of steps, and noise for all. */

@@ -28,7 +28,7 @@ internal class PictureGenerator(
     /** Room for logits (1, signal tokens, words): those of the vocabulary's first words tell what is drawn. */
     fun signals(): Tensor {
         val shape = bundle.manifest.parts.getValue("output_projector").inputs.first { it.name == "signal_logits" }.shape
-        return Tensor.of("float32", *shape.map { it as Long }.toLongArray())
+        return Tensor.of("float32", 1, generation.signalTokenIds.size.toLong(), shape.last() as Long)
     }
 
     /**
