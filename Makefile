@@ -95,9 +95,9 @@ IOS := build/ios
 test-ios: $(STAMP) $(ANDROID)/bundle $(IOS)/default-coreml ## the iOS demo's tests (SWIFT_FLAGS="--sanitize address")
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(IOS)/vectors
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.drawing $(IOS)/drawing --also coreml --also executorch
-	for target in coreml executorch; do \
+	for bundle in drawer-coreml drawer-executorch stepwise/stepwise-coreml stepwise/stepwise-executorch; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m tests.ios.recording \
-		$(IOS)/drawing/drawer-$$target $(IOS)/vectors/pictures $(IOS)/recording || exit 1; done
+		$(IOS)/drawing/$$bundle $(IOS)/vectors/pictures $(IOS)/recording || exit 1; done
 	$(BIN)/python -m tests.ios.recording $(IOS)/default-coreml $(IOS)/vectors/pictures $(IOS)/recording --short
 	$(BIN)/python -m tests.ios.zips $(IOS)/vectors/tiny-onnx $(IOS)/zips
 	$(BIN)/python ios_demo/build.py check

@@ -3,7 +3,8 @@
     python -m tests.ios.drawing FOLDER [--also coreml] [--also executorch]
 
 Weights are random, but for the first signal token's, which answers the request with a drawing. In `stepwise`
-lies the same, exported with --stepwise. `--also` exports it for other targets as well, in full precision.
+lies the same with another sampler, exported with --stepwise. `--also` exports both for other targets as well,
+in full precision.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from mobilemm.cli import app
+from mobilemm.generation.generator import SETTINGS_FILE
 from mobilemm.runtime.backends import open_backend
 from mobilemm.runtime.bundle import open_bundle
 from mobilemm.runtime.drawing import Drawn, Sketch
@@ -24,6 +26,7 @@ from mobilemm.runtime.session import Session
 from tests.export.drawing_checkpoint import REQUEST, write_drawer
 
 SEEDS = (7, 2**40 + 1)
+FULL = [word for part in ("llm", "vision", "embed", "generator") for word in (f"--q-{part}", "fp32")]
 
 
 def write_drawings(bundle: Path, folder: Path, question: str = REQUEST, max_new_tokens: int = 4) -> None:
@@ -56,6 +59,15 @@ def write_drawings(bundle: Path, folder: Path, question: str = REQUEST, max_new_
     (folder / "drawings.json").write_text(json.dumps(cases, ensure_ascii=False), encoding="utf-8")
 
 
+def renewing_noise(model: Path, folder: Path) -> Path:
+    """The same model with LCM's sampler, which takes fresh noise at each step."""
+    shutil.copytree(model, folder)
+    file = folder / "generator" / SETTINGS_FILE
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**settings, "sampler": "lcm"}), encoding="utf-8")
+    return folder
+
+
 def export(model: Path, target: str, bundle: Path, *options: str) -> None:
     words = ["export", str(model), "--target", target, "--output", str(bundle), *options]
     done = CliRunner().invoke(app, words)
@@ -72,14 +84,19 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = write_drawer(folder / "drawer")
-    export(model, "onnx", folder / "drawer-onnx")
-    for target in arguments.also:
-        full = [word for part in ("llm", "vision", "embed", "generator") for word in (f"--q-{part}", "fp32")]
-        export(model, target, folder / f"drawer-{target}", *full)
+    stepwise = folder / "stepwise"
+    renewing = renewing_noise(model, stepwise / "drawer")
+    for target in ("onnx", *arguments.also):
+        options = [] if target == "onnx" else FULL
+        # Recordings are found by the bundle's name alone, which must be another then.
+        whole, steps = folder / f"drawer-{target}", stepwise / f"stepwise-{target}"
+        export(model, target, whole, *options)
+        # What does not draw is the same, taken over where it is a file of its own, and was verified.
+        shutil.copytree(whole, steps)
+        export(renewing, target, steps, *options, "--stepwise", "--force", "--no-verify")
+    (stepwise / "stepwise-onnx").rename(stepwise / "drawer-onnx")
     write_drawings(folder / "drawer-onnx", folder)
-    (folder / "stepwise").mkdir()
-    export(model, "onnx", folder / "stepwise" / "drawer-onnx", "--stepwise")
-    write_drawings(folder / "stepwise" / "drawer-onnx", folder / "stepwise")
+    write_drawings(stepwise / "drawer-onnx", stepwise)
     print(f"drawings: {folder}")
 
 

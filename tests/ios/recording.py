@@ -3,8 +3,9 @@
     python -m tests.ios.recording BUNDLE PICTURES FOLDER [--short]
 
 The run is a conversation about two pictures, and a drawing where the bundle draws, by Python's session: Core
-ML packages on the reference interpreter of MIL, ExecuTorch programs on ExecuTorch's own runtime. Each call is
-written down whole, into a folder of the bundle's name.
+ML packages on the reference interpreter of MIL, ExecuTorch programs on ExecuTorch's own runtime. Of a bundle
+that draws step by step it is a drawing in each of its numbers of steps, with sketches. Each call is written
+down whole, into a folder of the bundle's name.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilemm.runtime.backends import Backend
 from mobilemm.runtime.bundle import Bundle, open_bundle
-from mobilemm.runtime.drawing import Drawn
+from mobilemm.runtime.drawing import Drawn, Sketch
 from mobilemm.runtime.sampling import Sampling
 from mobilemm.runtime.session import Session
 from tests.export.drawing_checkpoint import REQUEST
@@ -46,33 +51,62 @@ def record(bundle: Bundle, pictures: Path, folder: Path, short: bool) -> None:
         found = executorch_recording.interfaces(bundle)
         backend = executorch_recording.RecordingExecutorchBackend(bundle, calls)
     (folder / "interfaces.json").write_text(json.dumps(found))
-    most = 32 if short else 65
-    session = Session(bundle, backend, Sampling(max_new_tokens=most, seed=SEED))
-    turns = [converse(session, *turn, pictures, folder) for turn in (SHORT if short else TURNS)]
-    assert max(len(turn["ids"]) for turn in turns) >= (8 if short else most)
-    if bundle.manifest.generation is not None:
-        session.reset()
-        request = "Draw a red apple." if short else REQUEST
-        turns.append({"reset": True, **converse(session, [], request, pictures, folder)})
-        assert turns[-1]["drawings"]
+    generation = bundle.manifest.generation
+    if generation is not None and generation.schedules is not None:
+        most = 8
+        sessions = [
+            draw(bundle, backend, len(rows), Sampling(max_new_tokens=most, seed=SEED), pictures, folder)
+            for rows in generation.schedules
+        ]
+        sizes = [len(one["turns"][0]["drawings"][0]["sketches"]) for one in sessions]
+        assert sizes == [len(rows) - 1 for rows in generation.schedules]
+    else:
+        most = 32 if short else 65
+        session = Session(bundle, backend, Sampling(max_new_tokens=most, seed=SEED))
+        turns = [converse(session, *turn, pictures, folder) for turn in (SHORT if short else TURNS)]
+        assert max(len(turn["ids"]) for turn in turns) >= (8 if short else most)
+        if generation is not None:
+            session.reset()
+            request = "Draw a red apple." if short else REQUEST
+            turns.append({"reset": True, **converse(session, [], request, pictures, folder)})
+            assert turns[-1]["drawings"]
+        sessions = [{"steps": None, "turns": turns}]
     (folder / "calls.json").write_text(json.dumps(calls.made))
-    run = {"max_new_tokens": most, "seed": SEED, "turns": turns}
+    run = {"max_new_tokens": most, "seed": SEED, "sessions": sessions}
     (folder / "run.json").write_text(json.dumps(run, ensure_ascii=False), encoding="utf-8")
     print(f"recording: {len(calls.made)} calls in {folder}")
+
+
+def draw(
+    bundle: Bundle, backend: Backend, steps: int, sampling: Sampling, pictures: Path, folder: Path
+) -> dict[str, Any]:
+    """A session of its own, which draws in so many steps."""
+    session = Session(bundle, backend, sampling, steps=steps, sketches=True)
+    return {"steps": steps, "turns": [converse(session, [], REQUEST, pictures, folder)]}
 
 
 def converse(session: Session, images: list[str], text: str, pictures: Path, folder: Path) -> dict[str, Any]:
     for image in images:
         session.look_at(pictures / image)
     pieces = list(session.stream(text))
-    drawings = []
-    for drawn in (piece for piece in pieces if isinstance(piece, Drawn)):
-        height, width, _ = drawn.picture.shape
-        file = f"drawing-{sum(1 for _ in folder.glob('drawing-*'))}.rgb"
-        (folder / file).write_bytes(drawn.picture.tobytes())
-        drawings.append({"file": file, "width": width, "height": height})
+    drawings: list[dict[str, Any]] = []
+    sketches: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, Sketch):
+            sketches.append({**kept(piece.picture, folder), "step": piece.step, "steps": piece.steps})
+        if isinstance(piece, Drawn):
+            drawings.append({**kept(piece.picture, folder), "sketches": sketches})
+            sketches = []
+    assert not sketches
     ids = session.answer_ids
     return {"images": images, "text": text, "ids": ids, "answer": "".join(pieces), "drawings": drawings}
+
+
+def kept(picture: NDArray[np.uint8], folder: Path) -> dict[str, Any]:
+    height, width, _ = picture.shape
+    file = f"drawing-{sum(1 for _ in folder.glob('drawing-*'))}.rgb"
+    (folder / file).write_bytes(picture.tobytes())
+    return {"file": file, "width": width, "height": height}
 
 
 def main() -> None:

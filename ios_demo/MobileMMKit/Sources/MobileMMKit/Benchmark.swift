@@ -65,6 +65,10 @@ public actor Benchmark {
         try prefill(decoder)
         report("Writing")
         try decode(decoder)
+        if let generator = try PictureGenerator.open(bundle, backend, steps: nil) {
+            report("Drawing")
+            try draw(generator)
+        }
         return figures
     }
 
@@ -156,6 +160,30 @@ public actor Benchmark {
         }
         figures.append(Figure(name: "tg\(settings.newTokens)", what: "write", unit: "tok/s", runs: rates))
         figures.append(Figure(name: "token", what: "write one token", unit: "s", runs: each))
+    }
+
+    /// What a picture takes does not depend on what it shows. Steps that are one program share its time alike.
+    private func draw(_ generator: PictureGenerator) throws {
+        let signals = try generator.signals()
+        signals.floats.fill(0)
+        var steps: [Double] = []
+        let seconds = try times { index in
+            if !generator.isStepwise {
+                _ = try generator.draw(signals, seed: UInt64(index))
+                return
+            }
+            let condition = try generator.condition(signals)
+            var begun = ContinuousClock.now
+            let latents = try generator.latents(condition, seed: UInt64(index)) { _, _ in
+                // The first run warms up.
+                if index > 0 { steps.append((ContinuousClock.now - begun).seconds) }
+                begun = .now
+            }
+            _ = try generator.decode(latents)
+        }
+        if !generator.isStepwise { steps = seconds.map { $0 / Double(generator.steps) } }
+        figures.append(Figure(name: "draw", what: "draw a picture", unit: "s", runs: seconds))
+        figures.append(Figure(name: "draw_step", what: "draw: one step", unit: "s", runs: steps))
     }
 
     private func ids() -> [Int] {

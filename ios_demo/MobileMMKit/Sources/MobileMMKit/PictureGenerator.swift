@@ -1,5 +1,6 @@
 /// A condition and a seed → a picture, by the parts of a bundle that draw: in one graph, or step by step.
 struct PictureGenerator {
+    private let bundle: ModelBundle
     private let backend: any Backend
     private let generation: Generation
     private let words: Int
@@ -22,33 +23,56 @@ struct PictureGenerator {
             if count != generation.steps {
                 throw refused("draws in \(generation.steps): export it with --stepwise, or with --steps \(count)")
             }
-            return PictureGenerator(backend: backend, generation: generation, words: words, rows: nil)
+            return PictureGenerator(bundle: bundle, backend: backend, generation: generation, words: words, rows: nil)
         }
         guard let rows = schedules.first(where: { $0.count == count }) else {
             let known = schedules.map { "\($0.count)" }.joined(separator: ", ")
             throw refused("draws in \(known): export it with --stepwise --steps \(count)")
         }
-        return PictureGenerator(backend: backend, generation: generation, words: words, rows: rows)
+        return PictureGenerator(bundle: bundle, backend: backend, generation: generation, words: words, rows: rows)
     }
+
+    /// Of a drawing.
+    var steps: Int { rows?.count ?? generation.steps }
+
+    /// Whether each step is a call of its own.
+    var isStepwise: Bool { rows != nil }
 
     /// Room for logits (1, signal tokens, words): those of the vocabulary's first words tell what is drawn.
     func signals() throws -> Tensor { try Tensor(.float32, [1, generation.signalTokenIds.count, words]) }
 
     /// The picture. `onStep` is called behind each step but the last of a drawing that is made step by step, with
     /// its number, how many there are, and what decodes the picture so far; it may throw to end it.
+    ///
+    /// Throws ``MobileMMError`` for parts that give something else than the manifest says.
     func draw(
         _ signals: Tensor, seed: UInt64, onStep: (Int, Int, () throws -> PixelRaster) throws -> Void = { _, _, _ in }
     ) throws -> PixelRaster {
-        var inputs = try backend.run("output_projector", ["signal_logits": signals])
-        guard let rows else {
-            inputs["noise"] = try Noise.normal(seed: seed, generation.noiseShape)
-            return try picture(of: "generator", inputs)
+        let condition = try condition(signals)
+        guard isStepwise else {
+            let noise = try Noise.normal(seed: seed, generation.noiseShape)
+            return try picture(of: "generator", ["condition": condition, "noise": noise])
         }
-        let condition = try output("condition", of: "output_projector", in: inputs)
-        let shape = Array(generation.noiseShape[2...])
+        return try decode(
+            try latents(condition, seed: seed) { step, latents in
+                if step < steps { try onStep(step, steps) { try decode(latents) } }
+            })
+    }
+
+    /// What the logits ask for, (1, tokens, width).
+    func condition(_ signals: Tensor) throws -> Tensor {
+        let found = try backend.run("output_projector", ["signal_logits": signals])
+        return try output("condition", of: "output_projector", in: found)
+    }
+
+    /// Behind the last step of a drawing that is made step by step, (1, channels, height, width); `onStep` is given
+    /// each step's number, from 1 on, and what it made.
+    func latents(_ condition: Tensor, seed: UInt64, onStep: (Int, Tensor) throws -> Void) throws -> Tensor {
+        let rows = rows!
+        let shape = [1] + generation.noiseShape[2...]
         // One for the beginning, and one for each step that renews.
-        let noise = try Noise.normal(seed: seed, [Generation.noises(rows)] + shape)
-        let none = try Tensor(.float32, [1] + shape)
+        let noise = try Noise.normal(seed: seed, [Generation.noises(rows)] + shape[1...])
+        let none = try Tensor(.float32, shape)
         var (latents, used) = (try noise.slice(axis: 0, 0..<1), 0)
         for (index, row) in rows.enumerated() {
             if row[4] != 0 { used += 1 }
@@ -60,12 +84,14 @@ struct PictureGenerator {
                     "scales": try Tensor(floats: row, [5]),
                 ])
             latents = try output("next_latents", of: "denoiser", in: found)
-            if index + 1 < rows.count {
-                try onStep(index + 1, rows.count) { [latents] in try picture(of: "image_decoder", ["latents": latents]) }
-            }
+            if latents.shape != shape { throw refusal("denoiser", "latents of \(latents.shape), not \(shape)") }
+            try onStep(index + 1, latents)
         }
-        return try picture(of: "image_decoder", ["latents": latents])
+        return latents
     }
+
+    /// The picture of latents.
+    func decode(_ latents: Tensor) throws -> PixelRaster { try picture(of: "image_decoder", ["latents": latents]) }
 
     /// Gives the parts' memory back.
     func release() {
@@ -75,7 +101,13 @@ struct PictureGenerator {
 
     private func picture(of part: String, _ inputs: [String: Tensor]) throws -> PixelRaster {
         let picture = try output("picture", of: part, in: try backend.run(part, inputs))
+        let shape = [1, 3, generation.height, generation.width]
+        if picture.shape != shape { throw refusal(part, "a picture of \(picture.shape), not \(shape)") }
         return PixelRaster(unit: picture.floats, width: generation.width, height: generation.height)
+    }
+
+    private func refusal(_ part: String, _ wrong: String) -> MobileMMError {
+        MobileMMError("\(bundle.folder.path): part '\(part)' gave \(wrong); \(ManifestReader.again)")
     }
 }
 

@@ -9,9 +9,20 @@
         private static let bundle = Result { try Recorded.open("MOBILEMM_EXECUTORCH_BUNDLE") }
 
         func testAConversationAboutTwoPicturesAndADrawingArePythonsTokenForToken() async throws {
-            let (tokens, drawings) = try await Recorded.replay(try Self.bundle.get())
-            XCTAssertGreaterThanOrEqual(tokens.count, 3 * 65)
-            XCTAssertGreaterThanOrEqual(drawings, 1)
+            let replay = try await Recorded.replay(try Self.bundle.get())
+            XCTAssertGreaterThanOrEqual(replay.tokens.count, 3 * 65)
+            XCTAssertGreaterThanOrEqual(replay.drawings, 1)
+        }
+
+        func testStepByStepItSketchesAndDrawsAsInPython() async throws {
+            for keepVision in [true, false] {
+                let replay = try await Recorded.replay(try Recorded.stepwise("executorch"), keepVision: keepVision)
+                XCTAssertGreaterThanOrEqual(replay.drawings, 3)
+                // A drawing in each of 1, 2 and 4 steps at least.
+                XCTAssertNil(replay.sketches[1])
+                XCTAssertGreaterThanOrEqual(replay.sketches[2, default: 0], 1)
+                XCTAssertGreaterThanOrEqual(replay.sketches[4, default: 0], 3)
+            }
         }
 
         func testReleasingThePartsThatSeeAndDrawChangesNothing() async throws {
@@ -27,22 +38,18 @@
 
         /// Other shapes than the program's own are refused when a part is loaded.
         func testAManifestThatSaysOtherThanTheProgramIsRefused() async throws {
-            let files = FileManager.default
-            let above = files.temporaryDirectory.appendingPathComponent("\(UUID())")
-            let whole = try Self.bundle.get()
-            // The stand-in knows recordings by the folder's name.
-            let folder = above.appendingPathComponent(whole.folder.lastPathComponent)
-            defer { try? files.removeItem(at: above) }
-            try files.createDirectory(at: above, withIntermediateDirectories: true)
-            try files.copyItem(at: whole.folder, to: folder)
-            try? files.removeItem(at: folder.appendingPathComponent(ModelBundle.manifestDigestName))
-            let manifest = folder.appendingPathComponent(ModelBundle.manifestName)
-            let text = try String(contentsOf: manifest, encoding: .utf8)
-            let length = "\"context_length\": \(whole.manifest.model.contextLength)"
-            XCTAssertTrue(text.contains(length))
-            try Data(text.replacingOccurrences(of: length, with: "\"context_length\": 400").utf8).write(to: manifest)
-            let error = await failure { try await openBackend(try ModelBundle.open(folder)).load("decoder") }
-            assertOneLine(error, "text_decoder")
+            let bundle = try Self.bundle.get()
+            let length = "\"context_length\": \(bundle.manifest.model.contextLength)"
+            try await Recorded.changed(bundle, length, "\"context_length\": 400") { folder in
+                let error = await failure { try await openBackend(try ModelBundle.open(folder)).load("decoder") }
+                assertOneLine(error, "text_decoder")
+            }
+            let full = "\"name\": \"scales\",\n     \"dtype\": \"float32\""
+            let half = full.replacingOccurrences(of: "32", with: "16")
+            try await Recorded.changed(try Recorded.stepwise("executorch"), full, half) { folder in
+                let error = await failure { try await openBackend(try ModelBundle.open(folder)).load("denoiser") }
+                assertOneLine(error, "scales")
+            }
         }
     }
 #endif

@@ -51,6 +51,11 @@ extension JsonObject {
 }
 
 extension PixelRaster {
+    /// Bytes of red, green, blue.
+    var rgb: [UInt8] {
+        pixels.flatMap { pixel in [16, 8, 0].map { UInt8(truncatingIfNeeded: pixel >> UInt32($0)) } }
+    }
+
     /// To the same picture as bytes of red, green, blue; 99 for equal ones.
     func psnr(_ rgb: [UInt8]) -> Double {
         var squares = 0.0
