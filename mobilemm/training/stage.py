@@ -161,33 +161,7 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
     main = int(os.environ.get("RANK", "0")) == 0
     report = report if main else lambda _: None
     stage = prepare(recipe, report)
-    caches_states = recipe.drawing is not None and recipe.drawing.cache_states
-    if caches_states:
-        from mobilemm.training.drawing import keep_shares
-
-        keep_shares(stage.sources, recipe.seed)
-    if recipe.cache_features:
-        _keep_features(stage, report)
-    mixture = _mixture(stage)
-    pad = stage.processor.tokenizer.pad_token_id or 0
-    if caches_states:
-        from mobilemm.training.drawing import keep_states, standardize
-
-        asking = recipe.train.signal_tokens.learning_rate > 0
-        states = keep_states(stage.model, mixture, pad, run, report, asking)
-        if recipe.drawing is not None and recipe.drawing.new_projector and not asking:
-            standardize(stage.model, states)
-        mixture = _mixture(stage)  # of the rows that are left
-        if recipe.drawing is not None and recipe.drawing.quantized_share:
-            from mobilemm.training.quantized_states import with_quantized_states
-
-            share = recipe.drawing.quantized_share
-            states = with_quantized_states(states, recipe.model, mixture, share, run, report)
-        mixture.states = states
-    if recipe.drawing is not None:
-        from mobilemm.training.drawing import keep_conditions
-
-        mixture.conditions = keep_conditions(recipe.drawing, stage.sources, run, report)
+    mixture = open_mixture(stage, report)
     steps = len(mixture) // stage.step_size
     arguments = training_arguments(recipe, steps)
     if arguments.process_index == 0:
@@ -203,7 +177,7 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
         recipe,
         arguments,
         mixture,
-        partial(collate, pad_token_id=pad),
+        partial(collate, pad_token_id=_padding(stage)),
         stage.objective,
         _shared_prefix(stage, mixture),
     )
@@ -224,6 +198,42 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
         result = write_result(stage.recipe, stage.model, stage.processor, trainer.state.log_history)
         report(f"done: {result}")
     return result
+
+
+def open_mixture(stage: Stage, report: Callable[[str], None] = print) -> Mixture:
+    """The samples of a run, with all that is computed once for them and kept in the run's folder."""
+    recipe, run = stage.recipe, Path(stage.recipe.output)
+    drawing = recipe.drawing
+    if drawing is not None and drawing.cache_states:
+        from mobilemm.training.drawing import keep_shares
+
+        keep_shares(stage.sources, recipe.seed)
+    if recipe.cache_features:
+        _keep_features(stage, report)
+    mixture = _mixture(stage)
+    if drawing is None:
+        return mixture
+    from mobilemm.training.drawing import keep_conditions, keep_states, standardize
+
+    if drawing.cache_states:
+        asking = recipe.train.signal_tokens.learning_rate > 0
+        states = keep_states(stage.model, mixture, _padding(stage), run, report, asking)
+        if drawing.new_projector and not asking:
+            standardize(stage.model, states)
+        mixture = _mixture(stage)  # of the rows that are left
+        if drawing.quantized_share:
+            from mobilemm.training.quantized_states import with_quantized_states
+
+            states = with_quantized_states(
+                states, recipe.model, mixture, drawing.quantized_share, run, report
+            )
+        mixture.states = states
+    mixture.conditions = keep_conditions(drawing, stage.sources, run, report)
+    return mixture
+
+
+def _padding(stage: Stage) -> int:
+    return stage.processor.tokenizer.pad_token_id or 0
 
 
 def marked_text(processor: Any, ids: list[int], labels: list[int]) -> str:

@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mobilemm.data.pairs import Pair, read_pairs
@@ -46,12 +48,16 @@ class DrawingSet:
 
 @dataclass
 class LatentSet:
-    """Latents (n, c, h, w) and conditions (ways, n, tokens, width) of drawings; the empty condition."""
+    """Latents (n, c, h, w) and conditions (ways, n, tokens, width) of drawings; the empty condition.
+
+    `asked` are conditions as requests give them: of each drawing (ways, tokens, width), 0 or more.
+    """
 
     drawings: DrawingSet
     latents: NDArray[np.float32]
     conditions: NDArray[np.float32]
     empty: Tensor
+    asked: list[Tensor] = field(default_factory=list)
 
 
 def open_drawings(recipe: GeneratorRecipe, report: Report) -> DrawingSet:
@@ -115,7 +121,30 @@ def open_latents(recipe: Any, drawings: DrawingSet, generator: Generator, report
     cache = _cache(recipe)
     encoded = _kept(cache / f"conditions-{told}.npy", conditions)
     latents = _kept(cache / f"latents-{identity}.npy", encode)
-    return LatentSet(drawings, latents, encoded[:-1], torch.from_numpy(np.array(encoded[-1, :1])))
+    empty = torch.from_numpy(np.array(encoded[-1, :1]))
+    return LatentSet(drawings, latents, encoded[:-1], empty, _asked(recipe.asked, drawings, empty[0]))
+
+
+def _asked(path: Path | None, drawings: DrawingSet, like: Tensor) -> list[Tensor]:
+    """The file's conditions of each drawing, none where it has not its caption."""
+    if path is None:
+        return []
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MobileMMError(f"key 'asked': {path} cannot be read: {one_line(error)}") from error
+    for caption, conditions in found.items():
+        if conditions.ndim != 3 or conditions.shape[1:] != like.shape:
+            wanted = " × ".join(map(str, like.shape))
+            raise MobileMMError(
+                f"key 'asked': {path}: {one_line(caption)} has the shape {tuple(conditions.shape)}, not"
+                f" (ways, {wanted})"
+            )
+    none = like.new_zeros(0, *like.shape)
+    asked = [found.get(pair.caption, none).float() for pair in drawings.pairs]
+    if not any(len(conditions) for conditions in asked):
+        raise MobileMMError(f"key 'asked': {path} has none of the pictures' captions")
+    return asked
 
 
 def ways_to_say(pair: Pair) -> list[str]:
