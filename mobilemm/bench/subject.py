@@ -152,7 +152,8 @@ class BundleSubject:
 
     def draw(self, seed: int) -> list[float]:
         assert self.generator is not None
-        shape = [int(size) for size in self.manifest.parts["output_projector"].inputs[0].shape]
+        assert self.manifest.generation is not None
+        shape = (1, len(self.manifest.generation.signal_token_ids), self.generator.words)
         logits = np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
         condition = self.generator.condition(logits)
         if not isinstance(self.generator, StepwiseGenerator):

@@ -12,6 +12,14 @@ final class SelfCheckTests: XCTestCase {
         for check in checks { XCTAssertTrue(check.passed, "\(check)") }
     }
 
+    func testTheGoldenCheckCoversThePartsThatDrawStepByStep() async throws {
+        let folder = ProcessInfo.processInfo.environment["MOBILEMM_DRAWING"]!
+        let bundle = try ModelBundle.open(URL(fileURLWithPath: "\(folder)/stepwise/drawer-onnx"))
+        let checks = try await SelfCheck(bundle, try OnnxBackend(bundle, threads: 1)).run()
+        XCTAssertTrue(Set(checks.map(\.part)).isSuperset(of: ["output_projector", "denoiser", "image_decoder"]))
+        for check in checks { XCTAssertTrue(check.passed, "\(check)") }
+    }
+
     /// Weights of one part are changed in a copy of the bundle, its manifest made to agree: nothing but the golden
     /// vectors can tell.
     func testTheGoldenCheckTellsWhichPartHasOtherWeights() async throws {
