@@ -92,7 +92,7 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
             }
             manifest.generation?.let {
                 report("drawing")
-                phase("drawing") { draw(PictureGenerator(bundle, backend, it), it.steps) }
+                phase("drawing") { draw(PictureGenerator(bundle, backend, it)) }
             }
             return result(backend.runtime, bandwidth, operations, before)
         }
@@ -136,14 +136,29 @@ class Benchmark(private val bundle: Bundle, private val settings: BenchmarkSetti
         }
     }
 
-    /** What a picture takes does not depend on what it shows. */
-    private fun draw(
-        generator: PictureGenerator,
-        steps: Int,
-    ) {
-        val seconds = times { generator.draw(generator.signals(), it.toULong()) }
+    /** What a picture takes does not depend on what it shows. Steps that are one program share its time alike. */
+    private fun draw(generator: PictureGenerator) {
+        val steps = ArrayList<Double>()
+        val seconds =
+            times { index ->
+                val seed = index.toULong()
+                if (!generator.isStepwise) {
+                    generator.draw(generator.signals(), seed)
+                } else {
+                    val condition = generator.condition(generator.signals())
+                    var begun = System.nanoTime()
+                    val latents =
+                        generator.latents(condition, seed) { _, _ ->
+                            // The first run warms up.
+                            if (index > 0) steps += secondsSince(begun)
+                            begun = System.nanoTime()
+                        }
+                    generator.decode(latents)
+                }
+            }
+        if (!generator.isStepwise) steps += seconds.map { it / generator.steps }
         tell("draw", "draw a picture", "s", seconds)
-        tell("draw_step", "draw: one step", "s", seconds.map { it / steps })
+        tell("draw_step", "draw: one step", "s", steps)
     }
 
     private fun prefill(

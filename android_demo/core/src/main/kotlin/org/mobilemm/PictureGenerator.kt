@@ -25,6 +25,12 @@ internal class PictureGenerator(
             ?: throw MobileMMError("$wrong ${schedules.joinToString { "${it.size}" }}: export it with --stepwise --steps $count")
     }
 
+    /** Of a drawing. */
+    val steps: Int get() = rows?.size ?: generation.steps
+
+    /** Whether each step is a call of its own. */
+    val isStepwise: Boolean get() = rows != null
+
     /** Room for logits (1, signal tokens, words): those of the vocabulary's first words tell what is drawn. */
     fun signals(): Tensor {
         val shape = bundle.manifest.parts.getValue("output_projector").inputs.first { it.name == "signal_logits" }.shape
@@ -42,8 +48,28 @@ internal class PictureGenerator(
         seed: ULong,
         onStep: (Int, Int, () -> PixelRaster) -> Unit = { _, _, _ -> },
     ): PixelRaster {
-        val condition = backend.run("output_projector", mapOf("signal_logits" to signals))
+        val condition = condition(signals)
         if (rows == null) return picture("generator", condition + ("noise" to Noise.normal(seed, generation.noiseShape)))
+        return decode(
+            latents(condition, seed) { step, latents ->
+                if (step < rows.size) onStep(step, rows.size) { decode(latents) }
+            },
+        )
+    }
+
+    /** What the logits ask for, under the name that the parts take it by. */
+    fun condition(signals: Tensor): Map<String, Tensor> = backend.run("output_projector", mapOf("signal_logits" to signals))
+
+    /**
+     * Behind the last step of a drawing that is made step by step, (1, channels, height, width); `onStep` is given each
+     * step's number, from 1 on, and what it made.
+     */
+    fun latents(
+        condition: Map<String, Tensor>,
+        seed: ULong,
+        onStep: (Int, Tensor) -> Unit,
+    ): Tensor {
+        val rows = rows!!
         val shape = listOf(1L) + generation.noiseShape.drop(2)
         // One for the beginning, and one for each step that renews.
         val noise = Noise.normal(seed, listOf(noises(rows).toLong()) + shape.drop(1)).floats()
@@ -59,10 +85,13 @@ internal class PictureGenerator(
                 throw MobileMMError("${bundle.partFile("denoiser")}: gives no latents; ${ManifestReader.AGAIN}")
             }
             latents = found
-            if (index + 1 < rows.size) onStep(index + 1, rows.size) { picture("image_decoder", mapOf("latents" to found)) }
+            onStep(index + 1, found)
         }
-        return picture("image_decoder", mapOf("latents" to latents))
+        return latents
     }
+
+    /** The picture of latents. */
+    fun decode(latents: Tensor): PixelRaster = picture("image_decoder", mapOf("latents" to latents))
 
     private fun picture(
         part: String,

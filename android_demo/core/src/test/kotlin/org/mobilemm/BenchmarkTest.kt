@@ -69,6 +69,23 @@ class BenchmarkTest {
         File(Vectors.folder, "benchmark.json").writeText(Json.write(listOf(result), indent = 1))
     }
 
+    @Test fun `steps are measured one by one where they are programs, else they share the drawing's time`() {
+        val settings = BenchmarkSettings(promptTokens = 4, newTokens = 2, images = 0, runs = 2, threads = 1)
+
+        fun drawn(folder: String): Pair<List<Double>, List<Double>> {
+            val bundle = Bundle.open(File(Vectors.drawingFolder, folder))
+            assertEquals(4, bundle.manifest.generation!!.steps)
+            val figures = Benchmark(bundle, settings, Computer()).also { it.run() }.found.associateBy { it.name }
+            return figures.getValue("draw").runs to figures.getValue("draw_step").runs
+        }
+        val (whole, shares) = drawn("drawer-onnx")
+        assertEquals(whole.map { it / 4 }, shares)
+        val (drawings, steps) = drawn("stepwise/drawer-onnx")
+        assertEquals(2 * 4, steps.size)
+        // Beside the steps a drawing takes what asks for it and what decodes it.
+        drawings.zip(steps.chunked(4)) { drawing, own -> assertTrue("$drawing: $own", own.all { it > 0 } && own.sum() < drawing) }
+    }
+
     @Test fun `a battery that tells its power gives joules a token`() {
         val settings = BenchmarkSettings(promptTokens = 8, newTokens = 4, images = 0, runs = 2, threads = 1)
         val phone =
