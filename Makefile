@@ -52,7 +52,7 @@ install = { [ -x $(BIN)/uv ] && $(call try,$(BIN)/uv pip install --python $(BIN)
 	|| { echo "make: the packages could not be installed; the reason stands above" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup judges demo test android test-android test-ios lint typecheck format doctor
+.PHONY: help setup judges demo test android android-tools test-android test-ios lint typecheck format doctor
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F '|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -76,18 +76,30 @@ test: $(JUDGES) ## run every test (some of them only: make test PYTEST_FLAGS="-m
 ANDROID := build/android
 ANDROID_ORT := $(shell sed -n 's/^onnxruntime = "\(.*\)"/\1/p' android_demo/gradle/libs.versions.toml)
 ANDROID_TESTS := --bundle $(ANDROID)/bundle --vectors $(ANDROID)/vectors --drawing $(ANDROID)/drawing
-android: $(STAMP) $(ANDROID)/bundle ## build the Android demo: a signed APK with the default model in it
+android: android-tools $(STAMP) $(ANDROID)/bundle ## build the Android demo: a signed APK with the default model in it
 	$(BIN)/python android_demo/build.py apk --bundle $(ANDROID)/bundle
 	$(BIN)/python android_demo/build.py check
 
-test-android: $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) ## run the Android demo's tests on the JVM
+test-android: android-tools $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(ANDROID_ORT) ## run the Android demo's tests on the JVM
 	PYTHONPATH=$(ANDROID)/onnxruntime-$(ANDROID_ORT) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m tests.phone_vectors $(ANDROID)/bundle $(ANDROID)/vectors
 	PYTHONPATH=$(ANDROID)/onnxruntime-$(ANDROID_ORT) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m tests.ios.drawing $(ANDROID)/drawing
+		$(BIN)/python -m tests.ios.drawing $(ANDROID)/drawing --also executorch
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.android.executorch_vectors $(ANDROID)/answers \
+		$(ANDROID)/drawing/drawer-executorch $(ANDROID)/drawing/stepwise/stepwise-executorch
 	$(BIN)/python android_demo/build.py test $(ANDROID_TESTS)
+	OMP_NUM_THREADS=1 \
+		$(BIN)/python android_demo/build.py test-executorch $(ANDROID_TESTS) --answers $(ANDROID)/answers
 	$(BIN)/python android_demo/build.py test-app $(ANDROID_TESTS)
 	$(BIN)/python -m pytest tests/android
+
+# First of all, because what is made before them takes minutes.
+android-tools:
+	@for tool in java javac keytool mvn npm; do command -v $$tool > /dev/null \
+		|| { echo "error: there is no $$tool; on Debian and Ubuntu:" \
+		"apt-get install openjdk-17-jdk-headless maven npm" >&2; exit 1; }; done
+	@[ "$$(javac -version 2>&1 | sed 's/^javac \([0-9]*\).*/\1/')" -ge 17 ] 2> /dev/null \
+		|| { echo "error: the JDK is $$(javac -version 2>&1 | head -n 1); 17 or newer is needed" >&2; exit 1; }
 
 # The Swift package of the iOS demo: needs Debian's apt, which brings Swift and C libraries into a folder, once; they
 # run there with it as their root. It opens the ONNX Runtime that Python itself runs on.

@@ -2,6 +2,7 @@
 """Builds and tests the Android demo where Google's servers cannot be reached: Java 17, Maven, and this file.
 
     python android_demo/build.py test --bundle FOLDER --vectors FOLDER --drawing FOLDER
+    python android_demo/build.py test-executorch (the same and) --answers FOLDER
     python android_demo/build.py test-app --bundle FOLDER --vectors FOLDER --drawing FOLDER
     python android_demo/build.py apk [--bundle FOLDER]
     python android_demo/build.py check
@@ -104,6 +105,7 @@ def resolve(*libraries: str, without: Iterable[str] = ()) -> list[Path]:
 
 
 def sources(module: str, kind: str) -> list[Path]:
+    """Of `src/main`, `src/test` and others."""
     return sorted((HERE / module / "src" / kind / "kotlin").rglob("*.kt"))
 
 
@@ -419,6 +421,27 @@ def test(arguments: argparse.Namespace) -> None:
     junit([tests, main, *libraries], classes, arguments)
 
 
+def test_executorch(arguments: argparse.Namespace) -> None:
+    """The ExecuTorch backend's tests on the JVM, over a stand-in that runs ExecuTorch in Python."""
+    main, libraries, core_test = core_tests()
+    standin = compile_kotlin("executorch-standin", sources("executorch", "standin"), [stdlib()], *TESTS_JAVA)
+    files = sources("executorch", "main")
+    backend = compile_kotlin("executorch", files, [main, standin, stdlib()], *ANDROIDS_JAVA)
+    classpath = [backend, standin, core_test, main, *libraries]
+    options = (f"-Xfriend-paths={main},{core_test}", *TESTS_JAVA)
+    tests = compile_kotlin("executorch-test", sources("executorch", "standinTest"), classpath, *options)
+    names = [path.stem for path in sources("executorch", "standinTest")]
+    services = HERE / "executorch" / "src" / "main" / "resources"
+    junit(
+        [tests, services, *classpath],
+        [f"org.mobilemm.executorch.{name}" for name in names if not arguments.only or name in arguments.only],
+        arguments,
+        f"-Dmobilemm.executorch={arguments.answers}",
+        f"-Dmobilemm.python={sys.executable}",
+        f"-Dmobilemm.root={HERE.parent}",
+    )
+
+
 def test_dex(arguments: argparse.Namespace) -> None:
     """The core's tests on the APK's own classes, converted back by enjarify (a package of Debian)."""
     back = OUT / "dex-converted-back.jar"
@@ -525,12 +548,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, action in (("test", test), ("test-dex", test_dex), ("test-app", test_app)):
+    tests = {"test": test, "test-executorch": test_executorch, "test-dex": test_dex, "test-app": test_app}
+    for name, action in tests.items():
         command = commands.add_parser(name, help=action.__doc__)
         command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")
         command.add_argument("--vectors", type=Path, required=True, help="what tests/phone_vectors.py wrote")
         command.add_argument("--drawing", type=Path, required=True, help="what tests/ios/drawing.py wrote")
         command.add_argument("--only", nargs="*", help="names of test classes")
+        if action is test_executorch:
+            text = "what tests/android/executorch_vectors.py wrote"
+            command.add_argument("--answers", type=Path, required=True, help=text)
         command.set_defaults(action=action)
     command = commands.add_parser("bench", help=bench.__doc__)
     command.add_argument("--bundle", type=Path, required=True, help="a bundle for onnx")

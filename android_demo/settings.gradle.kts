@@ -17,3 +17,6 @@ dependencyResolutionManagement {
 rootProject.name = "mobilemm-android"
 
 include(":core", ":app")
+
+// ExecuTorch bundles, by ExecuTorch's own library: `./gradlew :app:assembleRelease -Pexecutorch`.
+if (providers.gradleProperty("executorch").isPresent) include(":executorch")

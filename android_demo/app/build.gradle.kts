@@ -29,7 +29,7 @@ android {
 
     androidResources {
         // Weights do not shrink, and are read as they are.
-        noCompress += listOf("data", "onnx", "safetensors")
+        noCompress += listOf("data", "onnx", "pte", "safetensors")
     }
 
     sourceSets["main"].assets.srcDir(packed)
@@ -43,6 +43,7 @@ kotlin {
 dependencies {
     implementation(project(":core"))
     implementation(libs.onnxruntime.android)
+    if (providers.gradleProperty("executorch").isPresent) implementation(project(":executorch"))
     testImplementation(libs.junit)
     testImplementation(libs.robolectric)
     testImplementation(libs.onnxruntime)

@@ -3,6 +3,7 @@ package org.mobilemm
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 import java.nio.FloatBuffer
+import java.util.ServiceLoader
 
 /** Numbers in memory that a runtime reads and writes where they are: direct, in the machine's byte order. */
 class Tensor(val dtype: String, val shape: List<Long>, val data: ByteBuffer) {
@@ -15,6 +16,26 @@ class Tensor(val dtype: String, val shape: List<Long>, val data: ByteBuffer) {
 
     /** The bytes from the first one on, whatever has been read of them. */
     fun view(): ByteBuffer = data.duplicate().order(ByteOrder.nativeOrder()).also { it.clear() }
+
+    /** Places `start` until `end` of one axis; the whole is itself. */
+    fun slice(
+        axis: Int,
+        start: Int,
+        end: Int,
+    ): Tensor {
+        if (start == 0 && end.toLong() == shape[axis]) return this
+        val sliced = shape.toMutableList().also { it[axis] = (end - start).toLong() }
+        val inner = shape.drop(axis + 1).fold(BYTES.getValue(dtype)) { product, size -> product * size.toInt() }
+        val found = of(dtype, *sliced.toLongArray())
+        val target = found.view()
+        for (outer in 0 until shape.take(axis).fold(1) { product, size -> product * size.toInt() }) {
+            val base = outer * shape[axis].toInt()
+            val source = view()
+            source.limit((base + end) * inner).position((base + start) * inner)
+            target.put(source)
+        }
+        return found
+    }
 
     companion object {
         fun of(
@@ -67,8 +88,15 @@ interface Decoder : AutoCloseable {
 
 /** One bundle, its parts loaded when they are first used. */
 interface Backend : AutoCloseable {
-    /** What runs it here, for people: a name and a version. */
+    /** What runs it here, for people: a name, and a version where it tells one. */
     val runtime: String
+
+    /**
+     * Whether texts and pictures are fed one after the other, as the runtime's own runner does.
+     *
+     * With activations in int8, what a near-tie falls to depends on it.
+     */
+    val prefillsInPieces: Boolean
 
     /** Loads a part now. Raises [MobileMMError] when it cannot be loaded. */
     fun load(part: String)
@@ -97,15 +125,27 @@ interface Backend : AutoCloseable {
             bundle: Bundle,
             threads: Int = 0,
         ): Backend {
-            if (bundle.manifest.target != "onnx") {
-                throw MobileMMError(
-                    "${bundle.folder}: this app runs bundles for onnx, this one is for ${bundle.manifest.target}: export the" +
-                        " model with --target onnx",
-                )
-            }
-            return OnnxBackend(bundle, threads)
+            val target = bundle.manifest.target
+            if (target == "onnx") return OnnxBackend(bundle, threads)
+            val others = ServiceLoader.load(BackendProvider::class.java, BackendProvider::class.java.classLoader).toList()
+            others.firstOrNull { it.target == target }?.let { return it.open(bundle, threads) }
+            throw MobileMMError(
+                "${bundle.folder}: this app runs bundles for ${(listOf("onnx") + others.map { it.target }).joinToString(" and ")}," +
+                    " this one is for $target: export the model with --target onnx",
+            )
         }
     }
+}
+
+/** What runs bundles of another target, where a library that has one is linked: [ServiceLoader] finds it. */
+interface BackendProvider {
+    val target: String
+
+    /** @param threads 0 for as many as the runtime takes by itself. */
+    fun open(
+        bundle: Bundle,
+        threads: Int,
+    ): Backend
 }
 
 /** Somebody has called [Backend.cancel]. */

@@ -34,6 +34,8 @@ class OnnxBackend(private val bundle: Bundle, private val threads: Int = 0) : Ba
 
     override val runtime get() = "onnxruntime ${environment.version}"
 
+    override val prefillsInPieces get() = false
+
     override fun load(part: String) {
         session(part)
     }
@@ -247,7 +249,7 @@ private class OnnxDecoder(
             var start = 0
             while (true) {
                 val end = minOf(start + CHUNK, count)
-                val found = run(slice(embeds, 1, start, end), positions?.let { slice(it, 2, start, end) })
+                val found = run(embeds.slice(1, start, end), positions?.slice(2, start, end))
                 if (end == count) return found
                 start = end
             }
@@ -354,27 +356,6 @@ private class OnnxDecoder(
             target.position(head * to.shape[2].toInt() * row)
             target.put(source)
         }
-    }
-
-    /** Places `start` until `end` of one axis; the whole is itself. */
-    private fun slice(
-        tensor: Tensor,
-        axis: Int,
-        start: Int,
-        end: Int,
-    ): Tensor {
-        if (start == 0 && end.toLong() == tensor.shape[axis]) return tensor
-        val shape = tensor.shape.toMutableList().also { it[axis] = (end - start).toLong() }
-        val inner = tensor.shape.drop(axis + 1).fold(Tensor.BYTES.getValue(tensor.dtype)) { product, size -> product * size.toInt() }
-        val found = Tensor.of(tensor.dtype, *shape.toLongArray())
-        val target = found.view()
-        for (outer in 0 until tensor.shape.take(axis).fold(1) { product, size -> product * size.toInt() }) {
-            val base = outer * tensor.shape[axis].toInt()
-            val source = tensor.view()
-            source.limit((base + end) * inner).position((base + start) * inner)
-            target.put(source)
-        }
-        return found
     }
 
     private fun textPositions(

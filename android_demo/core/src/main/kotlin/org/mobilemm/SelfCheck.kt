@@ -82,8 +82,9 @@ class SelfCheck(private val bundle: Bundle, private val backend: Backend, privat
         val width = bundle.manifest.model.hiddenSize
         val none = Tensor.of("float32", 0, width.toLong())
         val sums = FloatBuffer.allocate(vocabulary)
-        for (start in 0 until vocabulary step ROWS_AT_ONCE) {
-            val ids = (start until minOf(start + ROWS_AT_ONCE, vocabulary)).toList()
+        val length = minOf(ROWS_AT_ONCE, bundle.manifest.model.contextLength / 2)
+        for (start in 0 until vocabulary step length) {
+            val ids = (start until minOf(start + length, vocabulary)).toList()
             val rows = backend.run("embed", mapOf("input_ids" to Tensor.ofIds(ids), "image_features" to none)).getValue("inputs_embeds").floats()
             for (row in ids.indices) {
                 var sum = 0.0

@@ -298,7 +298,30 @@ class Session(
         val embeds = backend.run("embed", mapOf("input_ids" to Tensor.ofIds(ids), "image_features" to features)).getValue("inputs_embeds")
         // Before the decoder has them: what is interrupted leaves too many here, never too few.
         cached += ids
-        return decoder!!.decode(embeds, positions)
+        lateinit var logits: FloatBuffer
+        for (piece in pieces(ids, rows?.shape?.get(0)?.toInt() ?: 0)) {
+            val (start, end) = piece.first to piece.last + 1
+            logits = decoder!!.decode(embeds.slice(1, start, end), positions?.slice(2, start, end))
+        }
+        return logits
+    }
+
+    /** What the decoder is fed at once: all ids, or each text and each picture that has features. */
+    private fun pieces(
+        ids: List<Int>,
+        rows: Int,
+    ): List<IntRange> {
+        if (!backend.prefillsInPieces || rows == 0) return listOf(ids.indices)
+        val found = ArrayList<IntRange>()
+        var start = 0
+        val places = ids.indices.filter { ids[it] == model.imageTokenId }.take(rows)
+        for (place in places.filterIndexed { index, _ -> index % maxOf(model.numImageTokens, 1) == 0 }) {
+            if (place > start) found += start until place
+            start = minOf(place + model.numImageTokens, ids.size)
+            found += place until start
+        }
+        if (start < ids.size) found += start until ids.size
+        return found
     }
 
     /** The next token's position, where positions have three dimensions. */
