@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,14 @@ class DrawingSet:
 class LatentSet:
     """Latents (n, c, h, w) and conditions (ways, n, tokens, width) of drawings; the empty condition.
 
-    `asked` are conditions as requests give them: of each drawing (ways, tokens, width), 0 or more.
+    `errors` (m, tokens, width) is what conditions can be off by.
     """
 
     drawings: DrawingSet
     latents: NDArray[np.float32]
     conditions: NDArray[np.float32]
     empty: Tensor
-    asked: list[Tensor] = field(default_factory=list)
+    errors: Tensor | None = None
 
 
 def open_drawings(recipe: GeneratorRecipe, report: Report) -> DrawingSet:
@@ -122,29 +122,25 @@ def open_latents(recipe: Any, drawings: DrawingSet, generator: Generator, report
     encoded = _kept(cache / f"conditions-{told}.npy", conditions)
     latents = _kept(cache / f"latents-{identity}.npy", encode)
     empty = torch.from_numpy(np.array(encoded[-1, :1]))
-    return LatentSet(drawings, latents, encoded[:-1], empty, _asked(recipe.asked, drawings, empty[0]))
+    return LatentSet(drawings, latents, encoded[:-1], empty, _errors(recipe.condition_errors, empty[0]))
 
 
-def _asked(path: Path | None, drawings: DrawingSet, like: Tensor) -> list[Tensor]:
-    """The file's conditions of each drawing, none where it has not its caption."""
+def _errors(path: Path | None, like: Tensor) -> Tensor | None:
     if path is None:
-        return []
+        return None
     try:
         found = load_file(path)
+        errors = found["errors"].float()
     except (OSError, SafetensorError) as error:
-        raise MobileMMError(f"key 'asked': {path} cannot be read: {one_line(error)}") from error
-    for caption, conditions in found.items():
-        if conditions.ndim != 3 or conditions.shape[1:] != like.shape:
-            wanted = " × ".join(map(str, like.shape))
-            raise MobileMMError(
-                f"key 'asked': {path}: {one_line(caption)} has the shape {tuple(conditions.shape)}, not"
-                f" (ways, {wanted})"
-            )
-    none = like.new_zeros(0, *like.shape)
-    asked = [found.get(pair.caption, none).float() for pair in drawings.pairs]
-    if not any(len(conditions) for conditions in asked):
-        raise MobileMMError(f"key 'asked': {path} has none of the pictures' captions")
-    return asked
+        raise MobileMMError(f"key 'condition_errors': {path} cannot be read: {one_line(error)}") from error
+    except KeyError as error:
+        raise MobileMMError(f"key 'condition_errors': {path} has no tensor 'errors'") from error
+    if errors.ndim != 3 or errors.shape[1:] != like.shape or not len(errors):
+        wanted = " × ".join(map(str, like.shape))
+        raise MobileMMError(
+            f"key 'condition_errors': {path}: 'errors' has the shape {tuple(errors.shape)}, not (n, {wanted})"
+        )
+    return errors
 
 
 def ways_to_say(pair: Pair) -> list[str]:

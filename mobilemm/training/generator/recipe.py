@@ -82,13 +82,13 @@ class _LatentRecipe(GeneratorRecipe):
     condition_noise: float = Field(
         ge=0, default=0.008, description="deviation, at most: a projector's condition is not exact either"
     )
-    asked: Path | None = Field(
+    condition_errors: Path | None = Field(
         default=None,
-        description="safetensors of conditions by caption, as an output projector gives them that did not"
-        " learn from that caption: see scripts/write_asked_conditions.py",
+        description="safetensors of what an output projector's conditions are off by, of captions that it has"
+        " not learned: see scripts/write_condition_errors.py",
     )
-    asked_share: float = Field(
-        ge=0, le=1, default=0.4, description="how often it is one of 'asked', where a caption has some"
+    error_share: float = Field(
+        ge=0, le=1, default=0.5, description="how often a condition is off by one of 'condition_errors'"
     )
 
 

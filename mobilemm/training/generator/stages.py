@@ -306,8 +306,8 @@ def _latent_stage(recipe: Any, data: LatentSet, objective: Objective, sheet: Any
     digest = hashlib.sha256(data.drawings.identity.encode())
     for value in objective.learned().values():
         digest.update(value.detach().cpu().contiguous().view(-1)[:64].numpy().tobytes())
-    for conditions in data.asked:
-        digest.update(conditions.contiguous().numpy().tobytes())
+    if data.errors is not None:
+        digest.update(data.errors.contiguous().numpy().tobytes())
     return Stage(recipe, objective, data.drawings.order, digest.hexdigest()[:16], batch, sheet, result)
 
 

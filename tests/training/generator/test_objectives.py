@@ -318,40 +318,39 @@ def test_shifted_times_are_late_and_the_share_of_empty_conditions_is_kept(
     assert (batch.conditions == 0).all(-1).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
-def test_a_share_of_conditions_is_as_requests_give_them(make_recipe: RecipeMaker, pairs: Path) -> None:
+def test_a_share_of_conditions_is_off_by_an_error(make_recipe: RecipeMaker, pairs: Path) -> None:
+    """And as long as before; what is left out stays left out."""
     import numpy as np
 
     from mobilemm.training.generator.data import DrawingSet, LatentSet
     from mobilemm.training.generator.objectives import latent_batch
 
-    recipe: Any = make_recipe("teacher", empty_share=0.0, condition_noise=0.0, asked_share=0.3)
+    recipe: Any = make_recipe("teacher", empty_share=0.25, condition_noise=0.0, error_share=0.4)
     drawings = DrawingSet([], np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, np.int64), "")
-    asked = [torch.zeros(0, 1, 2), torch.tensor([[[2.0, 2.0]], [[3.0, 3.0]]])]
-    latents, conditions = np.zeros((2, 4, 8, 8), np.float32), np.ones((3, 2, 1, 2), np.float32)
-    data = LatentSet(drawings, latents, conditions, torch.zeros(1, 1, 2), asked)
-    rows = np.arange(4000) % 2
-    found = latent_batch(data, rows, recipe, torch.Generator().manual_seed(0)).conditions[:, 0, 0]
-    assert (found[0::2] == 1).all()
-    shares = [(found[1::2] == value).float().mean().item() for value in (1, 2, 3)]
-    assert shares == pytest.approx([0.7, 0.15, 0.15], abs=0.03)
+    errors = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+    latents, conditions = np.zeros((4, 4, 8, 8), np.float32), np.ones((3, 4, 1, 2), np.float32)
+    data = LatentSet(drawings, latents, conditions, torch.zeros(1, 1, 2), errors)
+    found = latent_batch(data, np.zeros(4000, int), recipe, torch.Generator().manual_seed(0)).conditions[:, 0]
+    long = 2**0.5
+    for value, share in (([0, 0], 0.25), ([1, 1], 0.45), ([long, 0], 0.15), ([0, long], 0.15)):
+        same = (found - torch.tensor(value)).abs().amax(1) < 1e-6
+        assert same.float().mean().item() == pytest.approx(share, abs=0.03)
 
 
-def test_asked_conditions_come_from_a_file(make_recipe: RecipeMaker, pairs: Path, tmp_path: Path) -> None:
+def test_errors_of_conditions_come_from_a_file(make_recipe: RecipeMaker, pairs: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from mobilemm.data.pairs import read_pairs
     from mobilemm.training.generator.stage import train
 
-    captions = [pair.caption for pair in read_pairs(pairs)]
-    path = tmp_path / "asked.safetensors"
-    recipe = make_recipe("teacher", max_steps=1, asked=path)
-    with pytest.raises(MobileMMError, match=r"asked\.safetensors cannot be read"):
+    path = tmp_path / "errors.safetensors"
+    recipe = make_recipe("teacher", max_steps=1, condition_errors=path)
+    with pytest.raises(MobileMMError, match=r"errors\.safetensors cannot be read"):
         train(recipe, lambda _: None)
-    save_file({"nobody said this": torch.zeros(2, 1, 384)}, path)
-    with pytest.raises(MobileMMError, match="has none of the pictures' captions"):
+    save_file({"error": torch.zeros(2, 1, 384)}, path)
+    with pytest.raises(MobileMMError, match="has no tensor 'errors'"):
         train(recipe, lambda _: None)
-    save_file({captions[0]: torch.zeros(2, 7)}, path)
-    with pytest.raises(MobileMMError, match=r"has the shape \(2, 7\), not \(ways, "):
+    save_file({"errors": torch.zeros(2, 7)}, path)
+    with pytest.raises(MobileMMError, match=r"has the shape \(2, 7\), not \(n, 1 × 384\)"):
         train(recipe, lambda _: None)
-    save_file({captions[0]: torch.zeros(2, 1, 384)}, path)
+    save_file({"errors": torch.zeros(2, 1, 384)}, path)
     assert train(recipe, lambda _: None).is_dir()

@@ -1,9 +1,9 @@
-"""What requests say to a generator: python scripts/write_asked_conditions.py RECIPE OUT [KEY=VALUE …]
+"""How inexact requests are: python scripts/write_condition_errors.py RECIPE OUT [KEY=VALUE …]
 
-From the recipe of an output projector (recipes/default/drawing_projector.yaml), behind its run: conditions as
-requests give them, for a generator to learn from (its recipe's key `asked`). They are as inexact as they will
-be for new words: a third of the captions is left out at a time, and asked of a projector that learned the
-others; several times, with what dropout leaves of it. OUT is safetensors, caption → (ways, tokens, width).
+From the recipe of an output projector (recipes/default/drawing_projector.yaml), behind its run: what its
+conditions will be off by for new words. A generator learns to bear that (its recipe's key `condition_errors`). A
+third of the captions is left out at a time, and asked of a projector that learned the others. OUT is safetensors,
+`errors` (n, tokens, width).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mobilemm.training.drawing import condition_distance, standardize
 from mobilemm.training.recipe import Recipe, read_recipe
 from mobilemm.training.stage import open_mixture, prepare
 
-FOLDS, STEPS, BATCH, WAYS = 3, 2500, 128, 4
+FOLDS, STEPS, BATCH = 3, 2500, 128
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     random.Random(recipe.seed).shuffle(asked)
     fold_of = {caption: place % FOLDS for place, caption in enumerate(asked)}
     folds = torch.tensor([fold_of.get(caption, -1) for caption in captions])
-    found: dict[str, Tensor] = {}
+    errors = []
     for fold in range(FOLDS):
         torch.manual_seed(recipe.seed + fold)
         renew_output_projector(stage.model, stage.model.config.output_projector)
@@ -53,15 +53,13 @@ def main() -> None:
         assert projector is not None
         _learn(projector, states, conditions, (folds != fold).nonzero()[:, 0], recipe)
         left_out = (folds == fold).nonzero()[:, 0]
+        projector.eval()
         with torch.no_grad():
-            told = torch.stack([projector(states[left_out]) for _ in range(WAYS)], 1)
-        distance = float(
-            condition_distance(told.flatten(0, 1), conditions[left_out].repeat_interleave(WAYS, 0))
-        )
+            errors.append(projector(states[left_out]) - conditions[left_out])
+        distance = float(errors[-1].square().sum(-1).mean())
         print(f"fold {fold}: {len(left_out):,} captions left out, squared distance {distance:.3f}")
-        found |= {captions[row]: ways.contiguous() for row, ways in zip(left_out.tolist(), told, strict=True)}
-    save_file(found, sys.argv[2])
-    print(f"{sys.argv[2]}: {len(found):,} captions")
+    save_file({"errors": torch.cat(errors).contiguous()}, sys.argv[2])
+    print(f"{sys.argv[2]}: of {len(asked):,} captions")
 
 
 def _rows_of(mixture: Mixture, number: int) -> list[tuple[str, str]]:
