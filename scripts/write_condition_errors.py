@@ -1,9 +1,9 @@
 """How inexact requests are: python scripts/write_condition_errors.py RECIPE OUT [KEY=VALUE …]
 
 From the recipe of an output projector (recipes/default/drawing_projector.yaml), behind its run: what its
-conditions will be off by for new words. A generator learns to bear that (its recipe's key `condition_errors`). A
-third of the captions is left out at a time, and asked of a projector that learned the others. OUT is safetensors,
-`errors` (n, tokens, width).
+conditions will be off by for new words. A generator learns to bear that (its recipe's key
+`condition_errors`). A third of the captions is left out at a time, and asked of a projector that learned the
+others. OUT is safetensors, `errors` (n, tokens, width).
 """
 
 from __future__ import annotations
