@@ -18,7 +18,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from mobilemm.errors import MobileMMError, one_line
-from mobilemm.export.model_card import model_card
+from mobilemm.export.model_card import LICENSE, model_card
 from mobilemm.runtime.bundle import (
     MANIFEST,
     MANIFEST_SHA256,
@@ -97,11 +97,11 @@ class BundleWriter:
         Raises MobileMMError when it would not open, or when the disk refuses.
         """
         try:
+            if license_text is not None:
+                (self.folder / LICENSE).write_text(license_text, encoding="utf-8")
             (self.folder / "README.md").write_text(
                 model_card(_described(manifest, self.files())), encoding="utf-8"
             )
-            if license_text is not None:
-                (self.folder / "LICENSE").write_text(license_text, encoding="utf-8")
             manifest = _described(manifest, self.files())
             data = (manifest.model_dump_json(indent=1) + "\n").encode()
             (self.folder / MANIFEST_SHA256).write_bytes(manifest_digest(data))

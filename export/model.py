@@ -117,7 +117,7 @@ class Model:
 def open_model(source: str | None, options: ExportOptions, report: Report = lambda _: None) -> Model:
     """Loads a checkpoint, its weights mapped from disk, and takes it apart. Raises MobileMMError."""
     from mobilemm.models.checkpoints import load
-    from mobilemm.models.checkpoints.default import default_model_folder
+    from mobilemm.models.checkpoints.default import default_model_folder, shipped_files
     from mobilemm.models.checkpoints.reading import generator_folder, resolve_folder
     from mobilemm.models.checkpoints.text_model import is_text_model, load_text_model
 
@@ -136,8 +136,12 @@ def open_model(source: str | None, options: ExportOptions, report: Report = lamb
         split.processor.tokenizer.backend_tokenizer, prompt, split.image_token_id, split.num_image_tokens
     )
     name = options.name or ("mobilemm-default" if source is None else Path(source).name)
-    text = _license_text(folder)
-    opened = Model(name, split, {}, prompt, tokenizer, folder_digest(folder), model, _license(folder), text)
+    cards = shipped_files() if source is None else folder
+    opened = Model(
+        *(name, split, {}, prompt, tokenizer, folder_digest(folder), model),
+        license=_license(cards),
+        license_text=_license_text(cards),
+    )
     return opened.with_options(options)
 
 

@@ -13,6 +13,10 @@ RUN = {
     "executorch": "mobilemm verify FOLDER",
 }
 
+LICENSE = "LICENSE"
+OTHER = "other"
+"""A model hub's word for a licence that it has no identifier of."""
+
 
 def model_card(manifest: Manifest) -> str:
     """Markdown with the front matter that model hubs read; every figure is the manifest's."""
@@ -62,7 +66,10 @@ def model_card(manifest: Manifest) -> str:
     ]
     if manifest.golden:
         lines += ["", "`golden/` holds inputs and expected outputs, by which an app checks itself."]
-    lines += ["", "## Licence", "", model.license.strip() or "Not stated.", ""]
+    license = model.license.strip() or "Not stated."
+    if license == OTHER and any(file.path == LICENSE for file in manifest.files):
+        license = f"See the file `{LICENSE}`."
+    lines += ["", "## Licence", "", license, ""]
     return "\n".join(lines)
 
 
@@ -88,7 +95,7 @@ def _parity(part: Part) -> str:
 def _license(text: str) -> str:
     """A licence's identifier, or "other" for what the hub does not take for one."""
     found = text.strip().lower()
-    return json.dumps(found) if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,40}", found) else "other"
+    return json.dumps(found) if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,40}", found) else OTHER
 
 
 def _plain(text: str) -> str:

@@ -18,7 +18,9 @@ import yaml
 from mobilemm.errors import MobileMMError
 from mobilemm.export import bundle as writing
 from mobilemm.export.bundle import BundleWriter, lock_folder, recover
+from mobilemm.export.model import open_model
 from mobilemm.export.model_card import model_card
+from mobilemm.export.options import ExportOptions
 from mobilemm.runtime.bundle import open_bundle
 from mobilemm.runtime.manifest import Manifest
 from tests.runtime.tiny_bundle import tiny_manifest, write_parts
@@ -75,6 +77,23 @@ def test_the_model_card_has_the_manifests_figures() -> None:
         ],
     ]
     assert "onnxruntime 1.24.0" in body
+
+
+def test_a_licence_of_ones_own_is_in_its_file() -> None:
+    manifest = tiny_manifest()
+    own = manifest.model_copy(update={"model": manifest.model.model_copy(update={"license": "other"})})
+    file = manifest.files[0].model_copy(update={"path": "LICENSE"})
+    assert "See the file `LICENSE`." in model_card(own.model_copy(update={"files": [file]}))
+    assert model_card(own.model_copy(update={"files": []})).endswith("## Licence\n\nother\n")
+
+
+def test_the_default_models_licences_go_with_it() -> None:
+    """Where the default model is named, as none given, its parts' licences are."""
+    model = open_model(None, ExportOptions())
+    assert model.license == "other"
+    assert model.license_text is not None
+    for name in ("SmolLM2", "EfficientNet", "OpenMoji", "CC BY-SA 4.0", "WordNet"):
+        assert name in model.license_text
 
 
 @pytest.mark.parametrize(
