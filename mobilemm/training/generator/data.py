@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mobilemm.data.pairs import Pair, read_pairs
@@ -48,16 +46,12 @@ class DrawingSet:
 
 @dataclass
 class LatentSet:
-    """Latents (n, c, h, w) and conditions (ways, n, tokens, width) of drawings; the empty condition.
-
-    `errors` (m, tokens, width) is what conditions can be off by.
-    """
+    """Latents (n, c, h, w) and conditions (ways, n, tokens, width) of drawings; the empty condition."""
 
     drawings: DrawingSet
     latents: NDArray[np.float32]
     conditions: NDArray[np.float32]
     empty: Tensor
-    errors: Tensor | None = None
 
 
 def open_drawings(recipe: GeneratorRecipe, report: Report) -> DrawingSet:
@@ -121,26 +115,7 @@ def open_latents(recipe: Any, drawings: DrawingSet, generator: Generator, report
     cache = _cache(recipe)
     encoded = _kept(cache / f"conditions-{told}.npy", conditions)
     latents = _kept(cache / f"latents-{identity}.npy", encode)
-    empty = torch.from_numpy(np.array(encoded[-1, :1]))
-    return LatentSet(drawings, latents, encoded[:-1], empty, _errors(recipe.condition_errors, empty[0]))
-
-
-def _errors(path: Path | None, like: Tensor) -> Tensor | None:
-    if path is None:
-        return None
-    try:
-        found = load_file(path)
-        errors = found["errors"].float()
-    except (OSError, SafetensorError) as error:
-        raise MobileMMError(f"key 'condition_errors': {path} cannot be read: {one_line(error)}") from error
-    except KeyError as error:
-        raise MobileMMError(f"key 'condition_errors': {path} has no tensor 'errors'") from error
-    if errors.ndim != 3 or errors.shape[1:] != like.shape or not len(errors):
-        wanted = " × ".join(map(str, like.shape))
-        raise MobileMMError(
-            f"key 'condition_errors': {path}: 'errors' has the shape {tuple(errors.shape)}, not (n, {wanted})"
-        )
-    return errors
+    return LatentSet(drawings, latents, encoded[:-1], torch.from_numpy(np.array(encoded[-1, :1])))
 
 
 def ways_to_say(pair: Pair) -> list[str]:

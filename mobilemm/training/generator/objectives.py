@@ -114,12 +114,6 @@ def latent_batch(data: LatentSet, rows: Any, recipe: Any, random: torch.Generato
     shares[0] = recipe.name_share if ways > 1 else 1.0
     way = torch.multinomial(shares, count, replacement=True, generator=random)
     conditions = torch.from_numpy(data.conditions[way.numpy(), rows])
-    if data.errors is not None:
-        chosen = torch.randint(len(data.errors), (count,), generator=random)
-        off = torch.rand(count, generator=random) < recipe.error_share
-        length = conditions.norm(dim=-1, keepdim=True)  # which a projector knows
-        conditions = conditions + data.errors[chosen] * off[:, None, None]
-        conditions = conditions * (length / conditions.norm(dim=-1, keepdim=True).clamp(min=1e-6))
     jitter = torch.rand(count, 1, 1, generator=random) * torch.randn(conditions.shape, generator=random)
     conditions = conditions + recipe.condition_noise * jitter
     left_out = torch.rand(count, generator=random) < recipe.empty_share

@@ -82,14 +82,6 @@ class _LatentRecipe(GeneratorRecipe):
     condition_noise: float = Field(
         ge=0, default=0.008, description="deviation, at most: a projector's condition is not exact either"
     )
-    condition_errors: Path | None = Field(
-        default=None,
-        description="safetensors of what an output projector's conditions are off by, of captions that it has"
-        " not learned: see scripts/write_condition_errors.py",
-    )
-    error_share: float = Field(
-        ge=0, le=1, default=0.5, description="how often a condition is off by one of 'condition_errors'"
-    )
 
 
 class TeacherRecipe(_LatentRecipe):

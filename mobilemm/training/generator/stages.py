@@ -306,8 +306,6 @@ def _latent_stage(recipe: Any, data: LatentSet, objective: Objective, sheet: Any
     digest = hashlib.sha256(data.drawings.identity.encode())
     for value in objective.learned().values():
         digest.update(value.detach().cpu().contiguous().view(-1)[:64].numpy().tobytes())
-    if data.errors is not None:
-        digest.update(data.errors.contiguous().numpy().tobytes())
     return Stage(recipe, objective, data.drawings.order, digest.hexdigest()[:16], batch, sheet, result)
 
 
