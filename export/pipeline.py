@@ -99,7 +99,9 @@ def export_parts(
         proof = proof or _Proof(model, samples)
         parity, golden = _verify(model, part, module, target, exported, work, plan, proof, options, report)
         entry = _entry(part, plan, exported, work, parity, prints[name])
-        records[name] = Record(entry, golden, time.monotonic() - start, exported.notes)
+        told = [quantized.notes[name]] if name in quantized.notes else []
+        notes = (*exported.notes, *told)
+        records[name] = Record(entry, golden, time.monotonic() - start, notes)
         if not target.joins:
             keep_record(work, name, records[name])
         del module

@@ -66,6 +66,8 @@ class QuantizedParts:
     ) -> None:
         self.model, self.options, self.samples = model, options, samples
         self.store, self.report = store, report
+        self.notes: dict[str, str] = {}
+        """What is worth telling of a part, by its name."""
         self._made_table: QuantizedWeight | None = None
 
     def module(self, name: str) -> tuple[nn.Module, PartPlan]:
@@ -122,9 +124,9 @@ class QuantizedParts:
             return
         bias = measure_bias(self.model, decoder, table)
         output_projector.shift = bias.shift
-        self.report(
-            f"output_projector: behind the quantized decoder its conditions' cosine to PyTorch's is"
-            f" {bias.after:.3f} ({bias.before:.3f} with the states' bias)"
+        self.notes["output_projector"] = (
+            f"drawings: behind the quantized decoder the condition's cosine to PyTorch's is {bias.after:.3f},"
+            f" mean of {bias.requests} requests ({bias.before:.3f} with the bias that is taken away)"
         )
 
     def _decoder(self, part: Part, plan: PartPlan) -> tuple[nn.Module, PartPlan]:

@@ -32,11 +32,13 @@ class Bias:
     Attributes:
         shift: mean of the states behind quantized weights less PyTorch's, (signal tokens, width).
         before, after: cosine of the conditions to PyTorch's, mean over requests, with the shift and without.
+        requests: how many.
     """
 
     shift: Tensor
     before: float
     after: float
+    requests: int
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def measure_bias(model: Model, decoder: Decoder, table: QuantizedWeight | None) 
     projector = model.split.output_projector.float().eval()
     aims, *drawn = (projector(states).flatten(1) for states in (wanted, found, found - shift))
     before, after = (float(F.cosine_similarity(condition, aims).mean()) for condition in drawn)
-    return Bias(shift, before, after)
+    return Bias(shift, before, after, len(rows))
 
 
 @torch.no_grad()
