@@ -445,14 +445,19 @@ def test_executorch(arguments: argparse.Namespace) -> None:
 def test_dex(arguments: argparse.Namespace) -> None:
     """The core's tests on the APK's own classes, converted back by enjarify (a package of Debian)."""
     back = OUT / "dex-converted-back.jar"
-    told = run(["enjarify", "--force", "-o", back, OUT / "mobilemm-demo.apk"])
+    if shutil.which("enjarify") is None:
+        raise BuildError("enjarify is not installed; README.md says what is needed")
+    # Debian's script takes the first Python on the PATH, which need not be the one that it is installed for.
+    told = run(
+        ["env", "PYTHON=/usr/bin/python3", "enjarify", "--force", "-o", back, OUT / "mobilemm-demo.apk"]
+    )
     print("\n".join(told.strip().splitlines()[-2:]), flush=True)
-    # ONNX Runtime's own classes are left to its own jar: they need static methods of interfaces, which the
-    # old class files that enjarify writes cannot have.
+    # ONNX Runtime's classes and Kotlin's reflection are left to their own jars: they need methods of
+    # interfaces that the old class files which enjarify writes cannot have.
     ours = OUT / "dex-classes.jar"
     with zipfile.ZipFile(back) as archive, zipfile.ZipFile(ours, "w") as jar:
         for name in archive.namelist():
-            if not name.startswith("ai/onnxruntime/"):
+            if not name.startswith(("ai/onnxruntime/", "kotlin/reflect/")):
                 jar.writestr(name, archive.read(name))
     _, libraries, tests = core_tests()
     classes = [f"org.mobilemm.{path.stem}" for path in sources("core", "test") if path.stem.endswith("Test")]
