@@ -93,9 +93,11 @@ test-android: android-tools $(STAMP) $(ANDROID)/bundle $(ANDROID)/onnxruntime-$(
 	$(BIN)/python android_demo/build.py test-app $(ANDROID_TESTS)
 	$(BIN)/python -m pytest tests/android
 
-# First of all, because what is made before them takes minutes.
+# First of all, because what is made before them takes minutes. npm is for the APK alone.
+ANDROID_TOOLS := java javac keytool mvn
+android: ANDROID_TOOLS += npm
 android-tools:
-	@for tool in java javac keytool mvn npm; do command -v $$tool > /dev/null \
+	@for tool in $(ANDROID_TOOLS); do command -v $$tool > /dev/null \
 		|| { echo "error: there is no $$tool; on Debian and Ubuntu:" \
 		"apt-get install openjdk-17-jdk-headless maven npm" >&2; exit 1; }; done
 	@[ "$$(javac -version 2>&1 | sed 's/^javac \([0-9]*\).*/\1/')" -ge 17 ] 2> /dev/null \
