@@ -94,7 +94,16 @@ class ImageProcessor(private val rule: ImageRule) {
     ): Rgb {
         val found = Rgb(columns?.size ?: source.width, source.height)
         val row = IntArray(source.width)
+        val padded = source as? Padded
+        var margin = -1
         for (y in 0 until source.height) {
+            val isMargin = padded?.isMargin(y) ?: false
+            if (isMargin && margin >= 0) {
+                // All of one color, and all alike.
+                found.copyRow(margin, y)
+                continue
+            }
+            if (isMargin) margin = y
             source.row(y, row)
             if (columns == null) found.put(y, row) else columns.horizontal(row, found, y)
         }
@@ -173,6 +182,13 @@ private class Rgb(override val width: Int, override val height: Int) : Raster {
         }
     }
 
+    fun copyRow(
+        from: Int,
+        to: Int,
+    ) {
+        bytes.copyInto(bytes, 3 * width * to, 3 * width * from, 3 * width * (from + 1))
+    }
+
     fun put(
         y: Int,
         row: IntArray,
@@ -217,12 +233,14 @@ private class Padded(private val picture: Raster, side: Int, private val color: 
     private val top = (side - picture.height) / 2
     private val row = IntArray(picture.width)
 
+    fun isMargin(y: Int) = y - top !in 0 until picture.height
+
     override fun row(
         y: Int,
         into: IntArray,
     ) {
         into.fill(color, 0, width)
-        if (y - top !in 0 until picture.height) return
+        if (isMargin(y)) return
         picture.row(y - top, row)
         row.copyInto(into, left)
     }
